@@ -10,7 +10,7 @@ for name in ("uvicorn", "starlette", "prometheus_client"):
     pytest.importorskip(name, reason=f"{name} is not installed: it comes with the optional extra `serve`")
 
 from mbcnet_rec.server.app import build  # noqa: E402
-from mbcnet_rec.server.models import write_json  # noqa: E402
+from mbcnet_rec.server.models import SEEN, marks_in, write_json  # noqa: E402
 from mbcnet_rec.server.options import Options  # noqa: E402
 
 
@@ -57,6 +57,8 @@ async def _ready(app):
 def serving(artifact, state, wait=True, named=True, **options):
     """Yields a function: call(method, path, body, headers), or call([(method, ...), ...]) all at once."""
     state.mkdir(exist_ok=True)
+    if options.get("watch"):
+        write_json(state / SEEN, marks_in(options["models"]))
     if named:
         write_json(state / "wanted.json", {"number": 0, "chain": [str(artifact)], "before": []})
     with asyncio.Runner() as runner:

@@ -2,11 +2,14 @@
 and that damaged artifacts and paths elsewhere are refused while what serves, serves on.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import threading
+import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -82,6 +85,65 @@ def test_swaps_and_a_worker_that_starts(folder, body, tmp_path, monkeypatch):
         assert (
             swapped.json["model"] == load_model(folder / "int8").version == call("POST", "/score", body).json["model"]
         )
+
+
+def test_a_worker_that_could_not_load_is_asked_again(folder, body, tmp_path, monkeypatch):
+    """The same POST once more does not say that all is well while a worker serves the model before; a worker tries again by itself, too."""
+    monkeypatch.setattr("mbcnet_rec.server.models.RETRY_SECONDS", 0.1)
+    state, versions = tmp_path / "state", {name: load_model(folder / name).version for name in ("fp32", "int8")}
+    other = state / f"{os.getppid()}.json"
+    with serving(folder / "fp32", state, models=folder) as call:
+        write_json(other, {"number": 1, "error": "no memory"})
+        answer = call("POST", "/models", {"folder": "int8"})
+        assert answer.status == 500 and answer.json["faults"] == [f"worker {os.getppid()}: no memory"]
+        threading.Timer(0.3, write_json, (other, {"number": 2, "error": ""})).start()
+        again = call("POST", "/models", {"folder": "int8"})
+        assert again.status == 200 and read_json(other)["number"] == 2 == read_json(state / "wanted.json")["number"]
+        other.unlink()
+        assert call("POST", "/models", {"rollback": True}).json["model"] == versions["fp32"]
+        moved = shutil.move(folder / "int8", tmp_path / "moved")
+        wanted = {"number": 9, "chain": [str(folder / "int8")], "before": []}
+        write_json(state / "wanted.json", wanted)  # as another worker has switched
+        wait_for(
+            lambda: call("GET", "/health/live") and "int8" in read_json(state / f"{os.getpid()}.json")["error"], ""
+        )
+        assert call("POST", "/score", body).json["model"] == versions["fp32"]
+        shutil.move(moved, folder / "int8")
+        wait_for(lambda: call("POST", "/score", body).json["model"] == versions["int8"], "not tried again")
+
+
+def test_a_swap_that_others_cannot_be_told_of_is_none(folder, body, tmp_path):
+    """As on a full disk."""
+    draft = tmp_path / "state" / f".wanted.json.{os.getpid()}"
+    with serving(folder / "fp32", tmp_path / "state", models=folder) as call:
+        before = call("POST", "/score", body).json["model"]
+        draft.mkdir()
+        answer = call("POST", "/models", {"folder": "int8"})
+        assert answer.status == 500 and "make room" in answer.json["error"]
+        assert call("POST", "/score", body).json["model"] == before == call("GET", "/models").json["model"]
+        draft.rmdir()
+        assert call("POST", "/models", {"folder": "int8"}).json["model"] == load_model(folder / "int8").version
+
+
+def test_swaps_that_wait_keep_nothing_else_waiting(folder, tmp_path):
+    """Else those of one worker could hold all threads in which it would load what another, whom they wait for, waits for."""
+    state, followed = tmp_path / "state", []
+    with serving(folder / "fp32", state, models=folder) as call, (state / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as the other worker does, which switches
+
+        def switch():
+            write_json(state / "wanted.json", {"number": 1, "chain": [str(folder / "int8")], "before": []})
+            end = time.monotonic() + 20
+            while time.monotonic() < end and read_json(state / f"{os.getpid()}.json")["number"] < 1:
+                time.sleep(0.02)
+            followed.append(read_json(state / f"{os.getpid()}.json")["number"])
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+        switching = threading.Timer(0.5, switch)
+        switching.start()
+        answers = call([("POST", "/models", {"folder": "int8"})] * 40)
+        switching.join()
+        assert followed == [1] and {each.status for each in answers} == {200}
 
 
 def test_models_elsewhere_are_refused(folder, body, tmp_path):
@@ -167,6 +229,35 @@ def test_watched_folder_takes_deltas(deltas, body, tmp_path):
         wait_for(lambda: call("GET", "/health/live") and (tmp_path / "state" / "seen.json").exists(), "not looked")
         shutil.copytree(tmp_path / "monday", deltas / "monday")
         wait_for(lambda: call("POST", "/score", body).json["model"] == version, "not taken")
+
+
+def test_watched_folder_takes_deltas_in_their_order(deltas, body, tmp_path):
+    """Both come between two looks, and what takes long to appear is tried again after what it waits for."""
+    for name in ("monday", "tuesday"):
+        shutil.move(deltas / name, tmp_path / name)
+    with serving(deltas / "fp32", tmp_path / "state", models=deltas, watch=True) as call:
+        shutil.move(tmp_path / "tuesday", deltas / "tuesday")
+        for _ in range(5):
+            call([("POST", "/score", body)] * 3)
+        shutil.move(tmp_path / "monday", deltas / "monday")
+        wait_for(lambda: call("GET", "/models").json["folder"] == str(deltas / "tuesday"), "not taken")
+
+
+def test_old_models_that_are_touched_are_not_taken_again(folder, body, tmp_path):
+    shutil.move(folder / "int8", tmp_path / "int8")
+    with serving(folder / "fp32", tmp_path / "state", models=folder, watch=True) as call:
+        shutil.copytree(folder / "fp32", folder / "same")
+        wait_for(lambda: call("GET", "/models").json["folder"] == str(folder / "same"), "not taken")
+        for file in filter(Path.is_file, (folder / "fp32").iterdir()):  # as `cp -al` and `chmod -R` do
+            os.link(file, tmp_path / file.name)
+            file.chmod(0o600)
+        (folder / "fp32" / "check.json").write_text("{}")
+        shutil.move(tmp_path / "int8", folder / "int8")
+        seen = set()
+        while str(folder / "int8") not in seen:
+            seen.add(call("GET", "/models").json["folder"])
+            call("POST", "/score", body)
+        assert seen <= {str(folder / "same"), str(folder / "int8")}
 
 
 def test_watched_folder(folder, body, tmp_path, capfd):

@@ -118,6 +118,26 @@ def test_two_workers(runs, artifact, tmp_path):
         assert process.wait(30) == 0
 
 
+def test_workers_end_with_their_parent_however_it_went(artifact, tmp_path):
+    """Else they would hold the port, and nobody would start one of them again."""
+    with started(artifact, "--workers", "2", TMPDIR=str(tmp_path)) as (process, client):
+        workers = children(process)
+        assert len(workers) == 2 and len(list(tmp_path.glob("mbcnet_serve_*"))) == 1
+        process.kill()
+        process.wait()
+
+        def run(pid):
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            except OSError:
+                return False
+
+        wait_for(lambda: not any(map(run, workers)), "still there")
+        assert not list(tmp_path.glob("mbcnet_serve_*"))
+        with pytest.raises(OSError):
+            client("GET", "/health/live")
+
+
 @pytest.mark.long
 def test_swaps_under_load(runs, artifact, tmp_path):
     """Whole artifacts, a delta and rollbacks in turn, in two workers: no request fails or has another model's scores, and memory stays.

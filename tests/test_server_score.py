@@ -135,6 +135,13 @@ def test_bad_values_are_named(ask, table):
     found = refused({}, shared={"price": "dear"})
     assert (found["field"], found["row"]) == ("price", None) and found["error"].startswith("shared")
     assert "shared" in refused({"user": 1}, shared={"user": 2, "price": 1.0})["error"]
+    apart = {
+        "shared": {"price": 1.0, "likes": rows[0].pop("likes")},
+        "rows": rows[:1],
+    }  # whose weights stand in the row
+    good = {"shared": {"price": 1.0}, "rows": rows[1:2]}
+    found = ask([("POST", "/score", apart)] + [("POST", "/score", good)] * 5)
+    assert [each.status for each in found] == [400] + [200] * 5 and found[0].json["field"] == "likes"
     for body in (
         b"{",
         b"[]",

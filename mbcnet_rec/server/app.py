@@ -6,9 +6,16 @@ import asyncio
 import hmac
 import json
 import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -37,24 +44,34 @@ class Worker:
         self.options, self.metrics = options, Metrics()
         self.models = Models(options)
         self.scorer = Scorer(self.models, self.metrics, options)
+        self.follower = ThreadPoolExecutor(1, "follow")  # its own: whoever switches waits for it
+        self.switching = asyncio.Lock()  # else each request that waits for its turn would hold a thread
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Load while requests are taken: /health/live answers at once."""
         following = asyncio.create_task(self.keep_up())
+        if parent := multiprocessing.parent_process():
+            threading.Thread(target=self.end_with, args=(parent,), daemon=True).start()
         yield
         following.cancel()
         with suppress(asyncio.CancelledError):
             await following
+        self.follower.shutdown()
         self.scorer.thread.shutdown()
+
+    def end_with(self, parent: BaseProcess) -> None:
+        """Drain when the process that started this one is gone, however it went: nobody would start a worker again."""
+        parent.join()
+        shutil.rmtree(self.options.state, ignore_errors=True)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     async def keep_up(self) -> None:
         """Load the model, then follow what all workers shall serve."""
-        self.models.join()
         step = self.models.start
         while True:
             try:
-                await asyncio.to_thread(step)
+                await asyncio.get_running_loop().run_in_executor(self.follower, step)
                 step = self.models.follow
             except Exception as error:  # a folder that is not there for a moment must not end it
                 print(f"mbcnet serve: {first_line(error)}", flush=True)
@@ -118,7 +135,8 @@ class Worker:
             if given != {"rollback": True} and (not isinstance(name, str) or given != {"folder": name}):
                 raise Refused('wanted {"folder": NAME}, of an artifact below --models, or {"rollback": true}')
             await self.wait_for_start()
-            faults = await asyncio.to_thread(self.models.switch, name)
+            async with self.switching:
+                faults = await asyncio.to_thread(self.models.switch, name)
         loaded = self.models.current
         found = {"model": loaded and loaded.version, "folder": loaded and str(loaded.folder), "faults": faults}
         return JSONResponse(found, 500 if faults else 200)

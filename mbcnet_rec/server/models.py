@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ from mbcnet_rec.serving.delta import write_child
 from mbcnet_rec.serving.preprocess import Preprocessor
 
 SWAP_SECONDS = 120.0  # within which all workers must have loaded
+RETRY_SECONDS = 5.0  # after which a worker that could not load tries again
+SEEN = "seen.json"  # of a watched folder: name -> mark of what has been taken, or was there at the start
 KEPT = 20  # models that rollbacks can go back to, one after the other
 
 
@@ -101,6 +104,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     draft.replace(path)
 
 
+def marks_in(folder: Path) -> dict[str, list[int]]:
+    """Name -> mark of each artifact and delta below a folder; a copy of links, other rights or an edited check.json changes none."""
+    found = {}
+    for path in folder.glob(f"*/{loader.MODEL}"):
+        with suppress(OSError):  # gone by now
+            stat = path.stat()
+            if ".partial-" not in path.parent.name:  # whole_folder's draft
+                found[path.parent.name] = [stat.st_mtime_ns, stat.st_size]
+    return found
+
+
 class Models:
     """The models of one worker."""
 
@@ -110,37 +124,40 @@ class Models:
         self.current: Loaded | None = None  # a pass reads it once, so none mixes two
         self.other: Loaded | None = None
         self.number = -1
-        self._failed: tuple[Any, ...] = ()
-
-    def join(self) -> None:
-        """Tell the other workers, before this one reads what it shall load, that it is here: a switch waits for it."""
-        self.living()
-        self._tell(self.number)
+        self._taking = threading.Lock()
+        self._again = 0.0  # of time.monotonic: when what could not be loaded is tried again
+        self._failed: dict[str, list[int]] = {}  # name in the watched folder -> sizes of its files
 
     def start(self) -> None:
         """Load what all serve. Raises InputError."""
+        self.living()
+        if not self._again:  # before it reads what to load, so that a switch that it does not know of yet waits for it
+            self._tell(self.number)
         gc.freeze()  # a collection after a swap need not look at what is never replaced
         self.follow()
 
     def follow(self) -> None:
         """Load what all shall serve, if this worker does not yet; and, in one of the workers, look into the watched folder."""
         wanted = read_json(self.state / "wanted.json")
-        if wanted and wanted["number"] > self.number:
+        if wanted and wanted["number"] > self.number and time.monotonic() >= self._again:
             if self.options.shadow and self.other is None:
                 self.other = load_model(self.options.shadow, verify=False)
             try:
                 loaded = load_model(self._place(wanted["chain"]), verify=False)
                 self._take(replace(loaded, folder=Path(wanted["chain"][-1])), wanted["number"])
             except InputError as error:
+                self._again = time.monotonic() + RETRY_SECONDS
                 self._tell(wanted["number"], str(error))
                 if self.current is None:
-                    raise  # and tries again
-                self.number = wanted["number"]
+                    raise
         if self.options.watch and self.current is not None:
             self._look()
 
     def _take(self, loaded: Loaded, number: int) -> None:
-        self.current, self.number = loaded, number
+        with self._taking:
+            if number < self.number:  # another thread has switched meanwhile
+                return
+            self.current, self.number = loaded, number
         gc.collect()  # the old one's pages
         self._tell(number)
 
@@ -154,13 +171,16 @@ class Models:
         """
         with (self.state / "lock").open("w") as lock:  # one change at a time, of all workers
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            wanted = read_json(self.state / "wanted.json")
+            wanted, seen = read_json(self.state / "wanted.json"), read_json(self.state / SEEN)
             if not wanted or self.current is None:  # this worker's start would take the place of what it switches to
                 raise Refused("the model of the start is not loaded yet; ask /health/ready", 503, "start")
             number, chain, before = wanted["number"] + 1, wanted["chain"], wanted["before"]
             if name is None and not before:
                 raise Refused("there is no model before this one", 409, "model")
             folder = None if name is None else self._inside(name)
+            mark = marks_in(folder.parent).get(folder.name) if folder else None
+            if not wait and name and mark == seen.get(name):  # another worker has taken it meanwhile
+                return []
             is_delta = folder is not None and (folder / loader.DELTA).is_file()
             wanted_chain = before[-1] if folder is None else [*(chain if is_delta else ()), str(folder)]
             try:
@@ -168,19 +188,34 @@ class Models:
             except InputError as error:
                 self._clear([chain, *before[-1:]])
                 raise Refused(str(error), 400, "model") from None
-            if wanted_chain == chain and loaded.version == self.current.version:
+            if wanted_chain != chain:
+                before = before[:-1] if folder is None else [*before, chain][-KEPT:]
+            elif loaded.version == self.current.version and not self._behind(number - 1):
                 return []
-            before = before[:-1] if folder is None else [*before, chain][-KEPT:]
+            had, self.number = self.number, number  # this worker need not load it once more
+            try:
+                write_json(self.state / "wanted.json", {"number": number, "chain": wanted_chain, "before": before})
+            except OSError as error:
+                self.number = had
+                words = f"{self.state}: cannot tell the other workers ({first_line(error)}); make room there"
+                raise Refused(words, 500, "model") from None
             self._take(loaded, number)
-            write_json(self.state / "wanted.json", {"number": number, "chain": wanted_chain, "before": before})
+            if name is not None and self.options.watch:
+                write_json(self.state / SEEN, seen | {name: mark})
             end = time.monotonic() + SWAP_SECONDS
             while time.monotonic() < end:
-                told = self.living()
-                if all(each.get("number", 0) >= number for each in told.values()):
+                faults = self._behind(number)
+                if "" not in faults:
                     self._clear([wanted_chain, *before[-1:]])
-                    return [f"worker {pid}: {each['error']}" for pid, each in told.items() if each["error"]]
+                    return faults
                 time.sleep(0.02)
             return ["a worker has not loaded it in time"]
+
+    def _behind(self, number: int) -> list[str]:
+        """Of each worker that does not serve this model what went wrong, or nothing as long as it has not told."""
+        told = self.living().items()
+        late = ["" for _, each in told if each.get("number", -1) < number]
+        return late + [f"worker {pid}: {each['error']}" for pid, each in told if each.get("error")]
 
     def _place(self, chain: Sequence[str]) -> Path:
         """Where the artifact that a chain leads to is, or will be."""
@@ -229,22 +264,18 @@ class Models:
         return path
 
     def _look(self) -> None:
-        """Serve what has come into the folder last. A copy that is not whole yet is tried again when it has grown."""
+        """Serve what has come into the folder, in the order in which it was written. A copy that is not whole yet is tried again when it has grown."""
         assert self.folder is not None
-        found = [(0, "")]
-        for path in self.folder.glob(f"*/{loader.MODEL}"):
-            with suppress(OSError):  # gone by now
-                found.append((max(path.stat().st_ctime_ns, path.parent.stat().st_ctime_ns), path.parent.name))
-        came, name = max(found)
-        seen = read_json(self.state / "seen.json").get("came")
-        sizes = [path.stat().st_size for path in (self.folder / name).rglob("*")] if name else []
-        if seen is None or came <= seen or self._failed == (came, sizes):  # at first what is there already is seen
-            return write_json(self.state / "seen.json", {"came": came}) if seen is None else None
-        with suppress(BlockingIOError):  # another worker is at it, and waits for this thread
+        seen = read_json(self.state / SEEN)
+        for name, mark in sorted(marks_in(self.folder).items(), key=lambda each: each[1]):
+            sizes = [mark[0], *(path.stat().st_size for path in (self.folder / name).rglob("*"))]
+            if mark == seen.get(name) or sizes == self._failed.get(name):
+                continue
             try:
                 self.switch(name, wait=False)
-                return write_json(self.state / "seen.json", {"came": came})
+                self._failed.clear()  # a delta may have waited for this one
+            except BlockingIOError:  # another worker is at it, and waits for this thread
+                return
             except Refused as error:
-                self._failed = came, sizes
+                self._failed[name] = sizes
                 print(f"mbcnet serve: {name}: not taken: {error}", flush=True)
-        return None

@@ -15,7 +15,7 @@ from uvicorn.supervisors import Multiprocess
 
 from data.errors import InputError
 from mbcnet_rec.server.app import build
-from mbcnet_rec.server.models import load_model, write_json
+from mbcnet_rec.server.models import SEEN, load_model, marks_in, write_json
 from mbcnet_rec.server.options import Options
 
 QUICK_SECONDS = 2.0  # a check that takes longer does not keep the port closed
@@ -39,6 +39,8 @@ def run_server(options: Options) -> int:
                 faults.append(error)
                 stop.set()
 
+        if options.models and options.watch:
+            write_json(state / SEEN, marks_in(options.models))  # what comes during the check is taken after it
         checking = threading.Thread(target=check, daemon=True)
         checking.start()
         checking.join(QUICK_SECONDS)

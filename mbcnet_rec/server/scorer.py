@@ -14,7 +14,7 @@ from data.errors import InputError
 from mbcnet_rec.server.metrics import Metrics
 from mbcnet_rec.server.models import Loaded, Models
 from mbcnet_rec.server.options import Options
-from mbcnet_rec.server.requests import Refused, Request, explained, merged, unshared
+from mbcnet_rec.server.requests import Columns, Refused, Request, explained, merged, unshared
 from mbcnet_rec.serving.preprocess import REQUEST, Inputs
 
 SHARED = "shared"  # stands in messages where others have REQUEST
@@ -77,7 +77,10 @@ class Scorer:
                 requests = [request for request, _ in group]
                 loaded = self.models.other if requests[0].arm == "b" else self.models.current
                 assert loaded is not None
-                results = self._score(requests, loaded)
+                try:
+                    results = self._score(requests, loaded)
+                except Exception as error:  # whatever it is, nobody may wait for ever
+                    results = [error] * len(requests)
                 for (_, future), result in zip(group, results, strict=True):
                     loop.call_soon_threadsafe(_settle, future, result)
                 if (
@@ -97,8 +100,12 @@ class Scorer:
             if len(requests) > 1:  # whose it is shows when each is encoded alone
                 return [result for each in requests for result in self._score([each], loaded)]
             request, is_shared = requests[0], str(error).startswith(SHARED)
-            own = loaded.parts_of(request.kind[1])[1] if request.shared is not None else loaded.model.preprocess
-            return [explained(error, own.encode, request, is_shared)]
+
+            def encode(rows: Columns) -> None:
+                own = loaded.parts_of(request.kind[1])[1] if request.shared is not None else loaded.model.preprocess
+                own.encode(rows)
+
+            return [explained(error, encode, request, is_shared)]
         except Exception as error:  # ours: it must reach who waits, and not end the thread
             return [error] * len(requests)
         if requests[0].arm or loaded is not self.models.other:

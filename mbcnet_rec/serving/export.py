@@ -16,7 +16,7 @@ from data.errors import InputError
 from data.reading.conditions import select_files
 from data.reading.files import files_in_words, resolve_files
 from data.reading.storage import is_uri
-from data.whole_folder import earlier_summary, write_whole
+from data.whole_folder import earlier_summary, whole_folder, write_whole
 from mbcnet_rec.logs.metrics_log import finite_or_none
 from mbcnet_rec.logs.progress import RowBar
 from mbcnet_rec.report.page import to_text
@@ -75,29 +75,31 @@ def run_export(
     wanted = bool(compiler) if aot is None else aot
     if wanted:
         print("compiling the dense part for this processor: a minute or so (--no-aot leaves it out)", flush=True)
-    problem = artifact.write_artifact(exported, config, target, aot=wanted)
+    with whole_folder(target) as draft:  # a server that watches takes it with its check
+        problem = artifact.write_artifact(exported, config, draft, aot=wanted)
+        if triton:
+            shutil.copyfile(Path(__file__).with_name("triton_model.py"), draft / "model.py")
+        served = serving.load(draft)
+        of_float = artifact.with_rows(artifact.take_apart(weights) if branches else parts, weights, "fp32")
+        of_float.spec["calibration"] = exported.spec.get("calibration")
+        report: dict[str, Any] = size_report(draft, of_float)
+        if problem:
+            report["not_compiled"] = problem
+        elif wanted:
+            request = draw_requests(weights.schema, exported.vocabularies, ROWS_TO_COMPARE)[0]
+            compiled = serving.load(draft, compiled=True)
+            report["compiled_change"] = float(np.abs(compiled.predict(request) - served.predict(request)).max())
+        try:
+            report |= compare(served, of_float.model(), weights)
+        except (InputError, ValueError) as error:  # the artifact is whole; its rows may lie on another machine
+            report["not_compared"] = str(error)
+        (draft / CHECK).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if problem and aot:
         raise InputError(f"--aot: the compiler failed ({problem}); {target} is written without")
     if triton:
-        shutil.copyfile(Path(__file__).with_name("triton_model.py"), target / "model.py")
         model = target.absolute().parent
         facts = {"name": json.dumps(model.name), "tasks": len(exported.spec.get("tasks", "1"))}
         write_whole(model / "config.pbtxt", to_text("triton.pbtxt", **facts) + "\n")
-    served = serving.load(target)
-    of_float = artifact.with_rows(artifact.take_apart(weights) if branches else parts, weights, "fp32")
-    of_float.spec["calibration"] = exported.spec.get("calibration")
-    report: dict[str, Any] = size_report(target, of_float)
-    if problem:
-        report["not_compiled"] = problem
-    elif wanted:
-        request = draw_requests(weights.schema, exported.vocabularies, ROWS_TO_COMPARE)[0]
-        compiled = serving.load(target, compiled=True)
-        report["compiled_change"] = float(np.abs(compiled.predict(request) - served.predict(request)).max())
-    try:
-        report |= compare(served, of_float.model(), weights)
-    except (InputError, ValueError) as error:  # the artifact is whole; its rows may lie on another machine
-        report["not_compared"] = str(error)
-    (target / CHECK).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(_told(target, exported.spec, report))
     return 0
 
