@@ -18,7 +18,8 @@ import torch
 
 from data.profile.grow import Changes, growth_lines
 from data.reading.conditions import partition_of, select_files
-from data.reading.files import resolve_files
+from data.reading.files import read_contents, resolve_files
+from data.reading.selection import Selection
 from data.schema import OUT_OF_VOCABULARY_ROW, Schema, load_schema
 from data.stream import Batch, ParquetStream
 from mbcnet_rec.checkpoints.compatibility import table_of
@@ -111,13 +112,22 @@ def alarms(profile: Mapping[str, float], earlier: Sequence[Mapping[str, Any]], r
 
 
 def days_in(config: RunConfig) -> list[RunConfig]:
-    """A config for each value of the first partition key of the training files, in their order; the config itself where there is none."""
-    schema = load_schema(config.schema)
+    """A config for each value of the first partition key of the training files that has rows, in their order; one config where there is no key.
+
+    InputError if the conditions are faulty, or leave no row.
+    """
+    schema, where = load_schema(config.schema), config.data.train_where
+    files = select_files(resolve_files(config.data.train), where, schema)
+    selection = Selection(config.data.eval_options(where), schema, files)
+    keys = [next(iter(partition_of(file).items()), None) for file in files]
+    kept = set(keys)
+    if selection.conditions:  # on time: they may leave no row of a day, and `last N` is of all days
+        kept = {keys[group.file] for group in read_contents(files, schema, selection).row_groups}
     days: dict[object, list[str]] = {}
-    for file in select_files(resolve_files(config.data.train), config.data.train_where, schema):
-        days.setdefault(next(iter(partition_of(file).items()), None), []).append(str(file))
-    where = tuple(each for each in config.data.train_where if each.split()[0] == schema.time_column)
-    data = (replace(config.data, train=tuple(files), train_where=where) for files in days.values())
+    for key, file in zip(keys, files, strict=True):
+        if key in kept:
+            days.setdefault(key, []).append(str(file))
+    data = (replace(config.data, train=tuple(each), train_where=selection.dated()) for each in days.values())
     return [replace(config, data=each) for each in data]
 
 

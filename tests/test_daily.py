@@ -1,8 +1,10 @@
 """Which ids are new to a model, which collide and which have a row of their own is the same at 1, 2 and 4 ranks and over a resumed day: shares of
-hash and zch tables beside a count of the days' values, and admission after so many sightings, counted exactly from day to day."""
+hash and zch tables beside a count of the days' values, and admission after so many sightings, counted exactly from day to day. A run's days hold
+the rows of the plain run."""
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +13,13 @@ import pytest
 from forked_ranks import run_script
 from tiny_run import lines_of, make_run, train
 
+from data.errors import InputError
+from data.reading.files import resolve_files
 from data.reading.keys import hash_values
-from mbcnet_rec.daily import alarms
+from data.schema import load_schema
+from data.stream import ParquetStream
+from mbcnet_rec.config import RunConfig, load_config
+from mbcnet_rec.daily import alarms, days_in
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +113,44 @@ def test_the_line_of_the_test_rows_stays_beside_the_collisions(tmp_path, monkeyp
     used = len(set((hash_values(pa.array(range(40))) % 30).tolist())) / 30
     assert line["hash_used/tags"] == pytest.approx(used)
     assert line["collision/tags"] == pytest.approx(1 - used / np.log(1 / (1 - used)), rel=1e-5)
+
+
+def rows_of(config: RunConfig) -> list[int]:
+    stream = ParquetStream(resolve_files(config.data.train), load_schema(config.schema), config.data.train_options(0))
+    return sorted(value for batch in stream for value in batch.sparse_features["item"].values().tolist())
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.int64()], ids=str)
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("t < 2024-05-03", (20, 0, 0)),
+        ("t<2024-05-03", (20, 0, 0)),
+        ("\"t\" < '2024-05-03'", (20, 0, 0)),
+        ("ds >= 2024-05-02 and t < 2024-05-03", (20, 0, 0)),
+        ("ds >= last 2, t < last 1", (0, 20, 0)),
+        ("t < last 1 and t >= last 2", (0, 20, 0)),
+        ("t != last 1", (20, 20, 0)),
+        ("t IS NOT NULL and ds < last 1", (20, 20, 0)),
+        ("t IS NULL", (4, 4, 4)),
+    ],
+)
+def test_days_hold_the_rows_of_a_plain_run(tmp_path, monkeypatch, kind, where, rows):
+    """However a condition on time is written. Days without a row are passed over: without a time each of these has 4 rows more."""
+    monkeypatch.chdir(tmp_path)
+    for day in (2, 3, 4):
+        path = tmp_path / f"log/ds=2024-05-0{day}/part.parquet"
+        path.parent.mkdir(parents=True)
+        t = pa.array([np.datetime64(f"2024-05-0{day}T{hour:02}", "us") for hour in range(20)] + [None] * 4).cast(kind)
+        pq.write_table(pa.table({"click": [0, 1] * 12, "item": [day * 24 + row for row in range(24)], "t": t}), path)
+    (tmp_path / "s.toml").write_text(
+        'name = "s"\nlabel = "click"\ntime_column = "t"\n[fields]\n'
+        'item = { kind = "categorical", num_embeddings = 120, embedding_dim = 4 }'
+    )
+    (tmp_path / "run.toml").write_text('name = "r"\nschema = "s.toml"\n[data]\ntrain = ["log"]\nbatch_size = 8\n')
+    config = load_config(Path("run.toml"), [f"data.train_where={json.dumps([where])}"])
+    days = days_in(config)
+    assert [len(rows_of(day)) for day in days] == [count for count in rows if count]
+    assert sorted(row for day in days for row in rows_of(day)) == rows_of(config)
+    with pytest.raises(InputError, match=r"hold no rows that where = .* keep"):
+        days_in(load_config(Path("run.toml"), ['data.train_where=["t < 2024-05-01"]']))

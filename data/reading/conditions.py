@@ -56,9 +56,10 @@ UNITS = (("seconds", 10**11, NANOSECONDS), ("milliseconds", 10**14, 10**6), ("mi
 
 
 class Condition(NamedTuple):
-    """One condition, as written and taken apart; `last`: N of `last N`, or 0."""
+    """One condition: the entry of `where` that it stands in, its own words there, and its parts; `last`: N of `last N`, or 0."""
 
     text: str
+    own: str
     name: str
     operator: str
     bound: str
@@ -95,7 +96,8 @@ def parse_conditions(text: str) -> list[Condition]:
                 f"more, or {name} IS NULL"
             )
         last = int(number.group(1)) if number else 0
-        found.append(Condition(text, name, operator, bounds[0] if bounds else "", last))
+        own = text[position : match.start("end")].strip()
+        found.append(Condition(text, own, name, operator, bounds[0] if bounds else "", last))
         position, end = match.end(), part["end"]
     return found
 

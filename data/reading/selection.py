@@ -140,6 +140,7 @@ class Selection:
         self.columns = [schema.label] if self.samples else []
         self.columns += [schema.time_column] if self.conditions else []
         self.span, self.holes = Span(-FOREVER, FOREVER), list[Span]()  # kept, but for what != leaves out
+        self.now = 0  # of the files' latest row, in nanoseconds
 
     def fix_span(self, footers: Sequence[Footer]) -> None:
         """Turn the conditions on time into instants, by the time column's type and the files' instants; InputError if a bound is of another form."""
@@ -157,8 +158,11 @@ class Selection:
                     "write all files with one type"
                 )
         latest = max(span.high - 1 for _, footer in typed for span in footer.spans if span is not None)
+        self.now = latest
         if integers:
             self._check_forms(typed, form_of(latest))
+            now = _instant_of_integer(latest)
+            self.now = now.nanoseconds if now else 0
         bounds = [each for each in self.bounds if each.operator != conditions.IS_NOT_NULL]
         spans = [_span_of_integers(each, latest) if integers else _span_of_times(each, latest) for each in bounds]
         for condition, span in zip(bounds, spans, strict=True):
@@ -166,6 +170,14 @@ class Selection:
                 self.holes.append(span)
             else:
                 self.span = Span(max(span.low, self.span.low), min(span.high, self.span.high))
+
+    def dated(self) -> tuple[str, ...]:
+        """The conditions on time, each by itself, with the day that `last N` of these files is; after `fix_span`."""
+        day = self.now // conditions.DAY + 1
+        return tuple(
+            each.own.removesuffix(each.bound) + str(np.datetime64(day - each.last, "D")) if each.last else each.own
+            for each in self.conditions
+        )
 
     def _check_forms(self, typed: Sequence[tuple[DataFile, Footer]], form: Form) -> None:
         """Refuse integers that count time otherwise than the latest does; small ones, such as 0 and -1, stand for no time."""
@@ -225,6 +237,12 @@ def _instant_of(condition: Condition, latest: int) -> Instant | None:
     return read_instant(condition.bound)
 
 
+def _instant_of_integer(number: int) -> Instant | None:
+    """What an integer of a time column stands for, by its form; None if it is no day of any calendar."""
+    form = form_of(number)
+    return read_instant(str(number)) if form.digits else Instant(number * form.step, 1)
+
+
 def _span_of_times(condition: Condition, latest: int) -> Span:
     """Instants that one condition allows, in nanoseconds. `latest`: that the files hold."""
     instant = _instant_of(condition, latest)
@@ -245,7 +263,7 @@ def _span_of_integers(condition: Condition, latest: int) -> Span:
     number = int(condition.bound) if conditions.INTEGER.fullmatch(condition.bound) else None
     if number is not None and (not number or form_of(number) == form):
         return _span(condition, number, number + 1)
-    now = read_instant(str(latest)) if form.digits else Instant(latest * form.step, 1)
+    now = _instant_of_integer(latest)
     instant = _instant_of(condition, now.nanoseconds) if form.name and now else None
     # a day as an integer is the whole day: a time in it lies on neither side
     if instant is None or (form.digits and instant.nanoseconds % form.step and not condition.last):
