@@ -50,11 +50,14 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     fields = [
         each
         for each in stream.schema.features
-        if each.table_name in known or (each.is_keyed and each.encoding == "vocabulary")
+        if each.table_name in known or (each.is_keyed and each.encoding in ("vocabulary", "ids"))
     ]
     new, values = Counter[str](), Counter[str]()
 
     def count(batch: Batch) -> Batch:
+        if batch.cursor.step == 1:  # again: several ranks read all rows before they score them
+            new.clear()
+            values.clear()
         for each in fields:
             weighted = batch.weighted_features if each.is_weighted else None
             ids = (batch.sparse_features if weighted is None else weighted)[each.name].values()
@@ -62,7 +65,7 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
                 rows = known[each.table_name]
                 ids = ids[(ids > 0) & (ids < len(rows))]
                 new[each.name] += int((rows[ids] == 0).sum())
-            else:
+            elif each.encoding == "vocabulary":
                 new[each.name] += int((ids == OUT_OF_VOCABULARY_ROW).sum())
             values[each.name] += len(ids)
         return batch
@@ -75,12 +78,12 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     nulls = _summed(stream.nulls, [each.name for each in stream.schema.features], process)
     profile |= {f"null/{name}": count / rows for name, count in nulls.items()}
     unknown, whole = (_summed(each, [field.name for field in fields], process) for each in (new, values))
-    for feature in stream.schema.features:
-        if feature in fields:
-            is_hash, share = feature.is_hashed, unknown[feature.name] / max(1, whole[feature.name])
-            profile |= {f"{'unseen' if is_hash else 'new'}/{feature.name}": share}
-        elif feature.is_keyed and feature.encoding == "ids":
-            profile[f"new/{feature.name}"] = metrics.get(f"invalid/{feature.name}", 0) / rows
+    for feature in fields:
+        name, is_hash = feature.name, feature.is_hashed
+        if feature.encoding == "ids" and not is_hash:
+            unknown[name] = metrics.get(f"invalid/{name}", 0)
+            whole[name] += unknown[name] if feature.on_invalid == "null" else 0  # these are in no batch
+        profile[f"{'unseen' if is_hash else 'new'}/{name}"] = unknown[name] / max(1, whole[name])
     profile |= {key: value for key, value in metrics.items() if key.startswith("unseen/")}
     if earlier:
         scores = {"low": bins[0][0], "middle": bins[len(bins) // 2][0], "high": bins[-1][0]} if bins else {}

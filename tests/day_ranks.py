@@ -1,4 +1,4 @@
-"""The runs of tests/test_table_use.py: three days with a vocabulary that grows, a hash table and a zch table, at 1, 2 and 4 ranks.
+"""The runs of tests/test_daily.py: three days with a vocabulary that grows, a hash table and a zch table, at 1, 2 and 4 ranks.
 
 day_ranks.py FOLDER
 """
@@ -27,6 +27,7 @@ user = { kind = "categorical", encoding = "vocabulary", vocabulary = "fit", min_
 item = { kind = "categorical", encoding = "hash", num_embeddings = 101, embedding_dim = 8 }
 tags = { kind = "weighted_multi_valued", encoding = "hash", weights = "tag_weights", num_embeddings = 61, embedding_dim = 8 }
 shop = { kind = "categorical", encoding = "zch", num_embeddings = 64, eviction_interval = 2, embedding_dim = 8 }
+places = { kind = "multi_valued", num_embeddings = 20, on_invalid = "null", embedding_dim = 8 }
 
 [groups]
 both = ["user", "item", "tags", "shop"]
@@ -48,6 +49,7 @@ def day_of(number):
             "tags": tags,
             "tag_weights": [[1.0, 0.5]] * ROWS,
             "shop": rng.integers(8 * number, 8 * number + 24, ROWS),
+            "places": [rng.integers(0, 30, 3).tolist() for _ in range(ROWS)],
             "click": rng.integers(0, 2, ROWS).astype(np.int8),
         }
     )
@@ -121,7 +123,7 @@ def rows_of(folder):
 
 def asked():
     """A row for each planted user and for one whom nobody has seen, otherwise equal."""
-    same = {"item": 1, "tags": [1], "tag_weights": [1.0], "shop": 1}
+    same = {"item": 1, "tags": [1], "tag_weights": [1.0], "shop": 1, "places": [1]}
     return pa.Table.from_pylist([{"user": name} | same for name in ASKED])
 
 

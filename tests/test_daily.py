@@ -51,6 +51,9 @@ def test_the_share_of_ids_that_are_new_to_a_table_is_exact(played):
             for world in found:
                 line = [each for each in found[world]["ids"] if each["split"] == "ids"][day]
                 assert line[f"hash_used/{name}"] == pytest.approx(len(seen) / rows)
+    for day in range(3):
+        share = np.mean(values_of(folder, day, "places").to_numpy() >= 20)
+        assert [each["days"][day]["profile"]["new/places"] for each in found.values()] == pytest.approx([share] * 3)
     shares = [[each["profile"].get("unseen/shop") for each in found[world]["days"]] for world in found]
     assert shares[0][0] is None and min(shares[0][1:]) > 0.1 and shares == [shares[0]] * 3
     logged = [[each for each in found[world]["ids"] if each["split"] == "progressive"] for world in found]
@@ -154,3 +157,23 @@ def test_days_hold_the_rows_of_a_plain_run(tmp_path, monkeypatch, kind, where, r
     assert sorted(row for day in days for row in rows_of(day)) == rows_of(config)
     with pytest.raises(InputError, match=r"hold no rows that where = .* keep"):
         days_in(load_config(Path("run.toml"), ['data.train_where=["t < 2024-05-01"]']))
+
+
+def test_the_share_of_new_ids_is_of_the_values(tmp_path, monkeypatch):
+    """Of lists and of single ids, whether `on_invalid` leaves those outside of the table out or not; a null is no value."""
+    monkeypatch.chdir(make_run(tmp_path))
+    schema = Path("rows/schema.toml")
+    sizes, text = {"item": 30, "history": 30, "tags": 20, "likes": 10, "user": 120}, schema.read_text()
+    for name, size in {"thing": 30, "tags": 20, "likes": 10}.items():
+        text = re.sub(f"(?m)^({name} .*num_embeddings = )\\d+", rf"\g<1>{size}", text)
+    for name, action in {"item": "null", "history": "null", "tags": "null", "likes": "modulo"}.items():
+        text = re.sub(f"(?m)^({name} .*) }}$", rf'\1, on_invalid = "{action}" }}', text)
+    schema.write_text(text)
+    rows = pq.read_table("rows/train.parquet")
+    assert train(Path("tiny.toml"), "train.out=run", progressive=True) == 0
+    profile = json.loads(Path("run/lineage.jsonl").read_text())["profile"]
+    for name, size in sizes.items():
+        values = rows[name].combine_chunks()
+        values = (values.flatten() if pa.types.is_list(values.type) else values).drop_null().to_numpy()
+        assert profile[f"new/{name}"] == pytest.approx((values >= size).mean()), name
+        assert name == "user" or 0.3 < profile[f"new/{name}"] < 0.8
