@@ -74,7 +74,8 @@ def score_day(trainer: Trainer, stream: ParquetStream, earlier: Sequence[Day]) -
     metrics = trainer.evaluate(stream)
     bins = metrics.pop("reliability")
     rows, process = stream.num_rows, trainer.process
-    profile = {"label_rate": sum(rate * size for _, rate, size in bins) / rows if bins else float("nan")}
+    labelled = sum(size for *_, size in bins)  # that have the first label
+    profile = {"label_rate": sum(rate * size for _, rate, size in bins) / labelled if bins else float("nan")}
     nulls = _summed(stream.nulls, [each.name for each in stream.schema.features], process)
     profile |= {f"null/{name}": count / rows for name, count in nulls.items()}
     unknown, whole = (_summed(each, [field.name for field in fields], process) for each in (new, values))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from forked_ranks import run_script
+from tasks_data import table_of
 from tiny_run import lines_of, make_run, train
 
 from data.errors import InputError
@@ -177,3 +178,18 @@ def test_the_share_of_new_ids_is_of_the_values(tmp_path, monkeypatch):
         values = (values.flatten() if pa.types.is_list(values.type) else values).drop_null().to_numpy()
         assert profile[f"new/{name}"] == pytest.approx((values >= size).mean()), name
         assert name == "user" or 0.3 < profile[f"new/{name}"] < 0.8
+
+
+def test_the_label_rate_is_of_the_rows_that_have_the_first_label(tmp_path, monkeypatch):
+    """Before the day is trained and after."""
+    monkeypatch.chdir(make_run(tmp_path))
+    schema, rows = Path("rows/schema.toml"), table_of(960, 1)
+    schema.write_text(schema.read_text().replace('label = "click"', 'labels = ["buy", "click"]'))
+    pq.write_table(rows, "rows/train.parquet")
+    settings = ("data.test=[]", "model.kind=shared_bottom", "train.out=run")
+    assert train(Path("tiny.toml"), *settings, progressive=True) == 0
+    day = json.loads(Path("run/lineage.jsonl").read_text())
+    bought = rows["buy"].drop_null().to_numpy()
+    assert 700 < len(bought) < 850 and bought.mean() > 0.1
+    assert day["profile"]["label_rate"] == pytest.approx(bought.mean())
+    assert day["label_rate"] == pytest.approx(bought.mean())

@@ -42,7 +42,7 @@ class TrainState:
     step: int = 0
     first_step: int = 0  # of the day: that of the first of these training files
     cursor: Cursor = Cursor()
-    rows: int = 0  # trained since the day began, of all ranks; `Trainer.save` counts
+    rows: int = 0  # trained since the day began, of all ranks, that have the first label; `Trainer.save` counts
     clicks: int = 0  # of these
     # (validation AUC or what train.early_stop names, step) of the best evaluations, best first; one without an AUC is none of them
     best: list[tuple[float, int]] = field(default_factory=list)
@@ -156,7 +156,8 @@ class Feed:
                 batch = next(self._batches)
             self.waited += time.perf_counter() - start
             first = batch.labels if batch.labels.ndim == 1 else batch.labels[:, 0]  # of several labels
-            self._ahead.append((batch.cursor, batch.weights.count_nonzero(), first.nansum(dtype=torch.float64)))
+            rows = batch.weights.where(first.isfinite(), 0).count_nonzero()
+            self._ahead.append((batch.cursor, rows, first.nansum(dtype=torch.float64)))
             yield batch
 
     def close(self) -> None:
@@ -171,7 +172,7 @@ class Feed:
         return cursor
 
     def counts(self) -> tuple[int, int]:
-        """Rows and clicks that all ranks have trained since the last call. Every rank calls it."""
+        """Rows that have the first label and clicks that all ranks have trained since the last call. Every rank calls it."""
         counts = torch.tensor([int(self._rows), int(self._clicks)])
         self._rows = self._clicks = torch.zeros((), dtype=torch.int64)
         if self._process.world_size > 1:
