@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from asgi_calls import serving
@@ -18,6 +19,7 @@ from serving_data import artifact_of
 from tiny_run import wait_for
 
 from mbcnet_rec.server.models import load_model, read_json, write_json
+from mbcnet_rec.server.requests import arm_of
 from mbcnet_rec.serving import loader
 from mbcnet_rec.serving.delta import write_delta
 
@@ -333,3 +335,14 @@ def test_split(folder, body, tmp_path):
     with serving(folder / "fp32", tmp_path / "other", **options | {"split": "session=0.5"}) as call:
         assert call("POST", "/score", {"rows": users[0]}).json["field"] == "session"
         assert call("POST", "/score", {"rows": [users[0][0] | {"session": "x"}]}).json["arm"] in "ab"
+
+
+def test_an_id_has_one_arm_whatever_the_type_of_its_column():
+    """7 and 7.0 in JSON and Arrow are one id; other values keep the arms that they had."""
+    arms = [arm_of({"u": [user]}, "u", 0.3, 0) for user in range(-50, 200)]
+    assert "".join(arms[50:70]) == "aaaabaabaaaaaaabaaba"
+    assert [arm_of({"u": [float(user)]}, "u", 0.3, 0) for user in range(-50, 200)] == arms
+    assert [arm_of(pa.table({"u": pa.array([user], pa.float32())}), "u", 0.3, 0) for user in range(-50, 200)] == arms
+    assert arm_of({"u": [7, 7.0]}, "u", 0.3, 0) == arms[57]
+    others = ["7", "7.0", 7.5, None, float("nan"), 2**64 - 1]
+    assert [arm_of({"u": [each]}, "u", 0.3, 0) for each in others] == list("babaab")

@@ -150,7 +150,9 @@ def parse_arrow(body: bytes, names: Mapping[str, str], most: int) -> list[tuple[
 def arm_of(columns: Columns, key: str, share: float, seed: int) -> str:
     """The arm of a request: the same for each value of the key, on every machine. Raises Refused where its rows have several."""
     values = columns[key].to_pylist() if isinstance(columns, pa.Table) else columns[key]
-    if len(found := {str(value) for value in values}) > 1:
+    # ids may be whole floats, where the column has had a null
+    whole = (int(each) if isinstance(each, float) and each.is_integer() else each for each in values)
+    if len(found := {str(each) for each in whole}) > 1:
         raise Refused(f"field {key!r}: the split is by it; wanted one value in a request", field=key, row=0)
     digest = hashlib.sha256(f"{seed}:{found.pop()}".encode()).digest()
     return "b" if int.from_bytes(digest[:8], "big") < share * 2**64 else "a"
