@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sequence_data import seen_table, write_seen
 from serving_data import printed_by
+from tiny_run import train
 
 from data.reading.columns import Place
 from data.reading.encode import Encoder
@@ -35,6 +37,28 @@ def test_only_the_chosen_fields_change(runs):
             a, b = getattr(found, part), getattr(expected, part)
             np.testing.assert_array_equal(a.offsets, b.offsets, feature.name)
             assert all(map(np.array_equal, [*a.values, *a.weights], [*b.values, *b.weights])), feature.name
+
+
+def test_a_sequence_and_the_fields_beside_it_change_together(tmp_path):
+    """Whichever of them is named, alone or in a group: rows stay such as the encoder takes; the command has one entry for all."""
+    config = write_seen(tmp_path, 192, 96)
+    schema, rows = load_schema(tmp_path / "schema.toml"), seen_table(50, 0).combine_chunks().to_batches()[0]
+    order = np.random.default_rng(0).permutation(50)
+    swapped = rows
+    for name in ("seen", "kinds", "ages"):
+        swapped = swapped.set_column(rows.schema.get_field_index(name), name, rows[name].take(order))
+    encoder, place = Encoder(schema), Place("here", None, 0)
+    own, other, expected = (encoder.encode(each, place) for each in (rows, rows.take(order), swapped))
+    for fields in (("seen",), ("kinds",), ("ages",), ("kinds", "ages")):
+        found = mixed(own, other, chosen(schema, fields))
+        np.testing.assert_array_equal(found.single_ids, expected.single_ids)
+        np.testing.assert_array_equal(found.lists.offsets, expected.lists.offsets, str(fields))
+        assert all(map(np.array_equal, found.lists.values, expected.lists.values)), fields
+    assert train(config, "train.max_steps=1") == 0
+    assert printed_by("importance", tmp_path / "run", "--rows", "96", "--repeats", "2")[0] == 0
+    told = json.loads((tmp_path / "run/importance.json").read_text())
+    assert list(told["fields"]) == ["user", "item", "kind", "price", "tags", "seen"]
+    assert list(told["groups"]) == ["taste", "content"]
 
 
 def test_command(runs, tmp_path):

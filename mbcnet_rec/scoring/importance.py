@@ -1,6 +1,7 @@
 """`mbcnet importance`: what a run loses on held-out rows where the values of a field, or of all fields of a group, are those of other rows.
 
-Rows change places within a batch, the same way for all fields of a group. What is lost is AUC before less after, and log-loss after less before;
+Rows change places within a batch, the same way for all fields of a group. A sequence and the fields beside it change together, in every group that
+has one of them: their lists belong to the same events. What is lost is AUC before less after, and log-loss after less before;
 a repeat draws the places anew, and intervals are Student's t over repeats: they tell how sure the figure of these rows is, not of other rows.
 
 Shapes: n rows of a batch, K branches.
@@ -93,7 +94,7 @@ def _scored(
         most -= found[0].num_rows
     read.close()
     groups = {("groups", name): fields for name, fields in schema.groups.items()}
-    targets = {("fields", each.name): (each.name,) for each in schema.features} | groups
+    targets = {("fields", each.name): (each.name,) for each in schema.features if not each.beside} | groups
     choices = {target: chosen(schema, fields) for target, fields in targets.items()}
 
     def batches() -> Iterator[tuple[Batch, Target]]:
@@ -120,14 +121,17 @@ def _scored(
 
 
 def chosen(schema: Schema, fields: tuple[str, ...]) -> Mapping[str, np.ndarray]:
-    """Which rows of each part of Columns belong to these fields."""
+    """Which rows of each part of Columns belong to these fields, and to the whole of a sequence that one of them is of."""
+    wanted = {each.beside or each.name for each in schema.features if each.name in fields}
     parts = {
         "single_ids": [each for each in schema.sparse if each.is_single],
         "lists": [each for each in schema.sparse if not each.is_single],
         "weighted_lists": list(schema.weighted),
         "dense": [each for each in schema.dense for _ in range(each.dense_width)],
     }
-    return {part: np.asarray([each.name in fields for each in own], bool) for part, own in parts.items()}
+    return {
+        part: np.asarray([(each.beside or each.name) in wanted for each in own], bool) for part, own in parts.items()
+    }
 
 
 def mixed(columns: Columns, other: Columns, choice: Mapping[str, np.ndarray]) -> Columns:
