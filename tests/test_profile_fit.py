@@ -147,13 +147,55 @@ def test_boundaries_are_few_ascending_and_leave_no_bucket_empty(numbers, num_buc
 
 @pytest.mark.parametrize(
     ("column", "boundaries"),
-    [(list(range(100)), (24.0, 49.0, 74.0)), (pa.nulls(100, pa.int64()), (0.0,))],
-    ids=["numbers", "nulls"],
+    [
+        (list(range(100)), (24.0, 49.0, 74.0)),
+        ([row / 10 for row in range(100)], (2.4, 4.9, 7.4)),
+        (pa.nulls(100, pa.int64()), (0.0,)),
+        (pa.nulls(100, pa.float32()), (0.0,)),
+        (pa.array([-3.4028234663852886e38] * 9, pa.float32()), (-3.4028234663852886e38,)),
+    ],
+    ids=["integers", "doubles", "nulls", "floats", "least"],
 )  # fmt: skip
 def test_bucketise_writes_sizes_that_the_schema_accepts(column, boundaries, tmp_path):
     schema = fitted({"x": BUCKETS | {"num_buckets": 4}}, {"x": column}, tmp_path)
     assert schema.features[0].boundaries == boundaries
     assert schema.table_of["x"].num_embeddings == len(boundaries) + 2
+
+
+TENTHS = np.arange(-25, 26) / 10
+
+
+@pytest.mark.parametrize(
+    ("narrow", "other_day"),
+    [
+        (np.float32, None),
+        (np.float16, None),
+        (np.float16, pa.nulls(51)),
+        (np.float32, pa.array(TENTHS)),
+        (np.float32, pa.array(TENTHS.round().astype(int))),
+    ],
+    ids=["float32", "float16", "nulls", "doubles", "integers"],
+)
+def test_a_decimal_falls_into_the_bucket_of_the_narrow_float_that_it_is_rounded_to(narrow, other_day, tmp_path):
+    """As JSON and CSV tell the numbers of a log, below 0 and above, and a constant. Rows of training keep their buckets."""
+    rounded = TENTHS.astype(narrow)
+    days = [pa.table({"x": rounded, "same": rounded[:1].repeat(51)})]
+    days += [] if other_day is None else [pa.table({"x": other_day, "same": other_day})]
+    for number, day in enumerate(days):
+        pq.write_table(day, tmp_path / f"{number}.parquet")
+    schema = schema_of(tmp_path, x=BUCKETS | {"num_buckets": 40}, same=BUCKETS)
+    write_fitted(schema, sorted(tmp_path.glob("*.parquet")), tmp_path / "out")
+    encoder = Encoder(load_schema(tmp_path / "out" / "schema.toml"), has_labels=False)
+
+    def buckets(numbers: np.ndarray) -> list[list[int]]:
+        rows = pa.record_batch({"x": numbers, "same": numbers})
+        return encoder.encode(rows, Place("x", None)).single_ids.tolist()
+
+    assert buckets(TENTHS) == buckets(rounded)
+    if len(days) == 1:
+        numbers = rounded.astype(np.float64)
+        of_values = np.searchsorted(boundaries_of(numbers, 40), numbers, side="right")
+        assert buckets(rounded) == [(of_values + 1).tolist(), [2] * 51]
 
 
 ROWS = 8

@@ -8,7 +8,7 @@ where new values are to be expected.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import or_
 from pathlib import Path
@@ -25,7 +25,7 @@ from data.reading.column_types import check_columns, is_list, pinned
 from data.reading.columns import Place
 from data.reading.files import column_sets
 from data.reading.fingerprint import mark_files
-from data.reading.ids import decoded, list_offsets, read_ids
+from data.reading.ids import decoded, list_offsets, read_ids, value_type
 from data.reading.storage import LIST_ATTEMPTS, DataFile
 from data.schema import Feature, Schema, format_schema, load_schema, parse_schema, schema_to_toml
 from data.schema.feature import FIRST_VOCABULARY_ROW, FIT, VOCABULARY_FOLDER
@@ -69,6 +69,14 @@ def boundaries_of(numbers: np.ndarray, num_buckets: int) -> list[float]:
     return [float(value) for value in (above if len(above) else [numbers.min()])]
 
 
+def narrow_float(kinds: Iterable[pa.DataType]) -> type[np.floating[Any]] | None:
+    """The float type of 16 or 32 bits that a column's numbers are rounded to, of its types in all files; None: none is so narrow."""
+    found = {value_type(kind) for kind in kinds} - {pa.null()}
+    if found == {pa.float16()}:
+        return np.float16
+    return np.float32 if found & {pa.float16(), pa.float32()} else None
+
+
 def _standard(feature: Feature, moments: Moments, say: Say) -> dict[str, Any]:
     """The keys of the schema that a fit sets for a field to standardise."""
     std = float(np.sqrt(moments.squares / moments.count)) if moments.count else 0.0
@@ -84,14 +92,19 @@ def _standard(feature: Feature, moments: Moments, say: Say) -> dict[str, Any]:
     return {key: value for key, value in measured.items() if getattr(feature, key) == FIT}
 
 
-def _buckets(feature: Feature, numbers: np.ndarray, say: Say) -> dict[str, Any]:
-    """The keys of the schema that a fit sets for a field in buckets."""
+def _buckets(feature: Feature, numbers: np.ndarray, narrow: type[np.floating[Any]] | None, say: Say) -> dict[str, Any]:
+    """The keys of the schema that a fit sets for a field in buckets; `narrow` as of `narrow_float`."""
+    numbers = numbers if narrow is None else numbers.astype(narrow).astype(np.float64)
     boundaries = boundaries_of(numbers, feature.num_buckets)
     if len(boundaries) == 1:
         say(
             f"field {feature.name!r}: its quantiles give one boundary only, {boundaries[0]:g}; "
             "raise num_buckets or remove the field"
         )
+    if narrow is not None and len(numbers):
+        # halfway to the next smaller number of the type: a decimal of JSON or CSV falls with the float that it is rounded to
+        below = np.nextafter(np.asarray(boundaries, narrow), np.finfo(narrow).min).astype(np.float64)
+        boundaries = ((boundaries + below) / 2).tolist()
     return {"boundaries": boundaries, "num_embeddings": len(boundaries) + FIRST_VOCABULARY_ROW}
 
 
@@ -200,14 +213,20 @@ def fit_schema(
     with units.results_folder(work.place or out / "fit", work.engine, schema_to_toml(schema)) as folder:
         found = measure(waiting, files, folder, work)
         if work.engine.is_first:
-            _write_fit(found, waiting, top, paths, out, report)
+            _write_fit(found, waiting, columns, top, paths, out, report)
     return parse_schema(top, f"fit of schema {schema.name!r}", out) if work.engine.is_first else schema
 
 
 def _write_fit(
-    found: Measured, waiting: Sequence[Feature], top: dict[str, Any], paths: Mapping[str, str], out: Path, report: Say
+    found: Measured,
+    waiting: Sequence[Feature],
+    columns: Collection[pa.Schema],
+    top: dict[str, Any],
+    paths: Mapping[str, str],
+    out: Path,
+    report: Say,
 ) -> None:
-    """Set the keys that were measured in a schema file's entries, and write the vocabularies."""
+    """Set the keys that were measured in a schema file's entries, and write the vocabularies. `columns`: of the files."""
     measured: dict[str, list[dict[str, pa.Array]]] = {}
     for path in found.units:
         for owner, row in values.read_rows(path):
@@ -220,7 +239,9 @@ def _write_fit(
             for row in rows:
                 if "hashes" in row:
                     sample.add(row["hashes"].to_numpy(), pa.table({"number": row["numbers"]}))
-            entry |= _buckets(feature, sample.rows()["number"].to_numpy() if sample.parts else np.zeros(0), report)
+            numbers = sample.rows()["number"].to_numpy() if sample.parts else np.zeros(0)
+            narrow = narrow_float(each.field(feature.source_column).type for each in columns)
+            entry |= _buckets(feature, numbers, narrow, report)
         elif feature.vocabulary != FIT:
             moments = [Moments(*row["moments"].to_pylist()) for row in rows if "moments" in row]
             entry |= _standard(feature, reduce(or_, moments), report)
