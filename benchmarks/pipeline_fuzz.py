@@ -237,7 +237,8 @@ class Trial:
         if "gauc" in answer:
             groups: dict[Any, list[Any]] = {}
             for row in rows:
-                groups.setdefault(row[2], []).append(row)
+                if row[2] is not None:
+                    groups.setdefault(row[2], []).append(row)
             of_groups = [(*auc(own), len(own)) for own in groups.values()]
             kept = [each for each in of_groups if each[0] is not None]
             total = sum(n for _, _, n in kept)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.errors import InputError
 from data.reading.column_types import check_columns
-from data.reading.columns import ABSENT, Place
+from data.reading.columns import ABSENT, NO_GROUP, Place
 from data.reading.encode import Encoder
 from data.reading.keys import Vocabulary, hash_values, remainder, splitmix64
 from data.schema import FIRST_VOCABULARY_ROW, MISSING_ROW, OUT_OF_VOCABULARY_ROW, load_schema, parse_schema
@@ -328,10 +328,33 @@ def test_rows_are_grouped_by_bytes_that_are_no_text_and_by_no_list(tmp_path):
     for column in (*map(values.cast, kinds), values.dictionary_encode()):
         rows = pa.record_batch({"y": [0] * 4, "f": [1] * 4, "g": column})
         found = encoder.encode(rows, PLACE).group_ids
-        assert found[0] == found[2] != found[1] and found[3] == 0, column.type
+        assert found[0] == found[2] != found[1] and found[3] == NO_GROUP, column.type
     schema = encoder_of(group_column="f", f=ids(9, kind="multi_valued")).schema
     with pytest.raises(InputError, match="column 'f' is list<item: int64>: the group column wants values, not lists"):
         check_columns(pa.schema([("y", pa.int8()), ("f", pa.list_(pa.int64()))]), schema, "log")
+
+
+def test_no_id_has_the_hash_that_marks_rows_without_a_group():
+    """Null, NaN and a dictionary's null are no id; the one integer whose hash would be the mark has its neighbour."""
+
+    def groups_of(column):
+        encoder = encoder_of(group_column="g", f=ids(9))
+        rows = pa.record_batch({"y": [0] * len(column), "f": [1] * len(column), "g": column})
+        return encoder.encode(rows, PLACE).group_ids.tolist()
+
+    number = NO_GROUP % 2**64  # splitmix64 backwards
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        number ^= number >> shift ^ (number >> 2 * shift)
+        number = number * pow(factor, -1, 2**64) % 2**64
+    number = (number - 0x9E3779B97F4A7C15) % 2**64
+    unlucky = pa.array([number, None], pa.uint64())
+    assert hash_values(unlucky).view(np.int64).tolist() == [NO_GROUP, 0]
+    assert groups_of(unlucky) == [NO_GROUP + 1, NO_GROUP]
+    assert groups_of(pa.array([float("nan"), None])) == [NO_GROUP] * 2
+    for values in (["u", None], [b"u", None]):
+        array = pa.DictionaryArray.from_arrays(pa.array([0, 1, None]), pa.array(values))
+        first, *nulls = groups_of(array)
+        assert first == hash_values(pa.array(values)).view(np.int64)[0] and nulls == [NO_GROUP] * 2
 
 
 def test_damaged_dictionary_codes_are_refused():

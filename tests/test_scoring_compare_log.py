@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from serving_data import printed_by
 
 from mbcnet_rec.scoring.compare import CTR, LIFT, compare_arms
@@ -73,3 +74,24 @@ def test_command(tmp_path):
     ):
         code, _, err = printed_by("compare", *more)
         assert code == 2 and words in err and len(err.splitlines()) == 1, (more, err)
+
+
+def test_rows_without_a_key_are_taken_one_by_one(tmp_path):
+    in_b, labels, user = drawn(1)
+    alone, row = user % 3 == 0, np.arange(len(user))
+    intervals = []
+    for name, users in (
+        ("apart", np.where(alone, -1.0 - row, user)),
+        ("null", user),
+        ("nan", np.where(alone, np.nan, user)),
+    ):
+        column = pa.array(users, mask=alone if name == "null" else None)
+        pq.write_table(
+            pa.table({"arm": np.where(in_b, "b", "a"), "click": labels.astype(int), "user": column}),
+            tmp_path / f"{name}.parquet",
+        )
+        argv = ("compare", "--log", tmp_path / f"{name}.parquet", "--key", "user", "--json")
+        found = json.loads(printed_by(*argv)[1])
+        intervals.append(found["ctr"]["interval"])
+        assert not any("in both arms" in note for note in found["notes"])
+    assert intervals[1] == intervals[2] == pytest.approx(intervals[0], rel=1e-12)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import t, ttest_1samp, ttest_rel
 
+from data.reading.columns import NO_GROUP
 from mbcnet_rec.scoring.metrics import auc, exact_metrics
-from mbcnet_rec.scoring.paired import expected_clicks, holm, paired_differences
+from mbcnet_rec.scoring.paired import expected_clicks, holm, mean_difference, paired_differences
 from mbcnet_rec.scoring.ranking import group_metrics, ranking_values
 
 
@@ -79,6 +80,29 @@ def test_what_is_not_defined_is_nan(rows):
         math.isnan(each.p) for name, each in paired_differences(broken, theirs, labels).items() if name != "gauc"
     )
     assert math.isnan(auc(broken, labels))
+
+
+def test_a_row_without_a_group_is_a_draw_of_its_own_and_in_no_metric_of_groups(rows):
+    ours, theirs, labels, groups = rows
+    alone = groups % 3 == 0
+    marked = np.where(alone, NO_GROUP, groups)
+    found = paired_differences(ours, theirs, labels, marked, (3,))
+    apart = paired_differences(ours, theirs, labels, np.where(alone, 1000 + np.arange(len(groups)), groups))
+    known = paired_differences(*(each[~alone] for each in rows), (3,))
+    for name, each in found.items():
+        assert each == pytest.approx((apart if name in ("auc", "log_loss", "calibration") else known)[name]), name
+    assert found.keys() == known.keys() >= {"gauc", "ndcg@3", "mrr"}
+    clicks = expected_clicks(ours, theirs, labels, marked, 2)
+    assert clicks == expected_clicks(*(each[~alone] for each in rows), 2)
+    values = ours - theirs
+    assert mean_difference(values, marked).p == pytest.approx(
+        mean_difference(values, np.where(alone, -1 - np.arange(len(groups)), groups)).p
+    )
+    none = np.full_like(groups, NO_GROUP)
+    found = paired_differences(ours, theirs, labels, none, (3,))
+    assert found["log_loss"] == pytest.approx(paired_differences(ours, theirs, labels)["log_loss"])
+    assert all(math.isnan(found[name].p) for name in ("gauc", "mrr"))
+    assert math.isnan(expected_clicks(ours, theirs, labels, none, 2).value)
 
 
 def test_holm():

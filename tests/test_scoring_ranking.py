@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.reading.columns import NO_GROUP
 from mbcnet_rec.runtime.process import Process
 from mbcnet_rec.scoring.ranking import group_metrics, names_of, ranking_values, title_of
 from mbcnet_rec.scoring.tally import Tally
@@ -93,6 +94,28 @@ def test_the_order_of_rows_and_batches_does_not_matter():
     assert list(nothing) == names_of(KS) and all(math.isnan(each.value) for each in nothing.values())
     assert math.isnan(ranking_metrics(logits[:, 0] * np.nan, labels, groups, KS)["mrr"].value)
     assert ranking_metrics(logits[:, 0], labels, groups, ()) == {}
+
+
+def test_rows_without_a_group_count_in_no_metric_of_groups():
+    """In memory, in a slice and on the disk; of nothing but such rows nothing is known."""
+    logits, labels, groups = some_rows()
+    alone = np.random.default_rng(2).random(len(labels)) < 0.3
+    marked = np.where(alone, NO_GROUP, groups)
+    wanted = group_metrics(logits[~alone, 0], labels[~alone], groups[~alone], KS)
+    assert group_metrics(logits[:, 0], labels, marked, KS) == wanted
+    places = np.where(alone & (groups % 2 == 0), 1, 0)[:, None]
+    tally = Tally(len(labels), ("deep",), has_groups=True, slices={"half": ["most", "alone"]}, ranking_k=KS)
+    binned = Tally(len(labels), ("deep",), has_groups=True, exact_rows=len(labels) // 3, ranking_k=KS)
+    tally.add(logits, labels, marked, places)
+    binned.add(logits, labels, marked)
+    one = Process(0, 1, 0, 1, torch.device("cpu"))
+    found, counted = tally.answer(one), binned.answer(one)
+    assert found is not None and counted is not None
+    assert found.everything.rows == counted.everything.rows == len(labels)
+    for name, estimate in wanted.items():
+        assert found.everything.metrics[name] == found.slices["half"]["most"].metrics[name] == estimate
+        assert counted.everything.metrics[name] == pytest.approx(estimate, rel=1e-9), name
+        assert math.isnan(found.slices["half"]["alone"].metrics[name].value)
 
 
 def test_a_tally_keeps_them_by_slice_and_is_exact_where_groups_wait_on_disk():

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import InputError  # relative: an exported artifact carries this file
 
 ABSENT = -1  # in Columns.single_ids: no id, an empty bag
+NO_GROUP = int(np.iinfo(np.int64).min)  # in Columns.group_ids: the row belongs to no group
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Columns:
     weighted_lists: Lists
     dense: np.ndarray  # (n, D) float32
     labels: np.ndarray  # (n,) float32; of several labels (n, T), NaN where null
-    group_ids: np.ndarray | None  # (n,) int64
+    group_ids: np.ndarray | None  # (n,) int64, NO_GROUP where null
     repaired: Counter[str]  # by field: values that on_invalid = "null" or "modulo" changed
     weights: np.ndarray | None = None  # (n,) float32, of the schema's weight column
     nulls: Counter[str] | None = None  # by field: rows that have none, of columns of Arrow

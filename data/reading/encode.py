@@ -18,7 +18,7 @@ from pyarrow import types as pt
 from ..errors import InputError, first_line  # relative: an exported artifact carries this file
 from ..schema import MISSING_ROW, Feature, Schema
 from ..schema.sequences import lengths_of
-from .columns import ABSENT, Columns, Lists, Place, Ragged, join_lists, offsets_of
+from .columns import ABSENT, NO_GROUP, Columns, Lists, Place, Ragged, join_lists, offsets_of
 from .crosses import Part, cross
 from .ids import as_lists, decoded, integers, is_id, is_valid, list_offsets, read_ids
 from .keys import hash_values, make_vocabularies, read_vocabularies, remainder, splitmix64, unbounded_ids
@@ -423,10 +423,14 @@ class Reader:
 
 
 def read_groups(column: pa.Array, schema: Schema, place: Place) -> np.ndarray:
-    """Hashes of the grouping column, (n,) int64; InputError if a value of a column of ids is none."""
+    """Hashes of the grouping column, (n,) int64, NO_GROUP where null; InputError if a value of a column of ids is none."""
     if is_id(column.type):
         column = read_ids(column, f"group_column {schema.group_column!r}", schema.group_type, place)
-    return hash_values(column).view(np.int64)
+    elif pt.is_dictionary(column.type) and column.dictionary.null_count:
+        column = decoded(column)
+    # the least number is no hash: the one that it would be is moved off it
+    hashes = np.maximum(hash_values(column).view(np.int64), NO_GROUP + 1)
+    return np.where(is_valid(column), hashes, NO_GROUP) if column.null_count else hashes
 
 
 def _no_lists(feature: Feature) -> Ragged:

@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from data.errors import InputError
 from data.reading.column_types import is_number
-from data.reading.columns import Place
+from data.reading.columns import NO_GROUP, Place
 from data.reading.files import NOT_PARQUET, files_in_words, resolve_files
 from data.reading.numbers import read_labels
 from data.reading.storage import DataFile, FileList, for_each_file, open_parquet
@@ -35,7 +35,7 @@ from mbcnet_rec.report import figures
 from mbcnet_rec.report.page import Block, Code, Heading, Picture, Table, Text, shown, text_table, to_html, with_half
 from mbcnet_rec.runtime.process import joined_process
 from mbcnet_rec.scoring.evaluate import MAX_SLICES, REST, Question, distinct, score_rows
-from mbcnet_rec.scoring.paired import Difference, difference_of, expected_clicks, holm, paired_differences
+from mbcnet_rec.scoring.paired import Difference, clusters_of, difference_of, expected_clicks, holm, paired_differences
 from mbcnet_rec.scoring.ranking import title_of
 from mbcnet_rec.scoring.tally import Rows
 from mbcnet_rec.scoring.trained_run import TrainedRun, find_best, load_run
@@ -294,7 +294,10 @@ def run_arms(question: Question, label: str, key: str, command_line: str, *, as_
         raise InputError(f"--log: column {ARM!r} = {odd[0]!r}: wanted a or b, as the scorer answers; keep those only")
     in_b = np.asarray([name == "b" for name in arms], bool)[in_arm]
     labels = np.concatenate([_labels(table[label], file, label) for table, file in zip(tables, files, strict=True)])
-    clusters = _codes([table[key] for table in tables])[1] if key else np.arange(rows)
+    clusters = np.arange(rows)
+    if key:
+        missing = np.concatenate([table[key].is_null(nan_is_null=True).to_numpy() for table in tables])
+        clusters = clusters_of(np.where(missing, NO_GROUP, _codes([table[key] for table in tables])[1]), rows)
     slices: Slices = {}
     for column in by:
         values, places = _codes([table[column] for table in tables])

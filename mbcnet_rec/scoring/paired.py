@@ -3,7 +3,7 @@
 A metric's error follows from the influence of each row on it, the metric's derivative by that row's weight. The influence on a difference is the
 difference of the influences, and rows of one group (a user's, say), which are not independent draws, are summed first:
 
-    error^2 = m / (m - 1) sum_c (sum_{i in c} (influence_a(i) - influence_b(i)))^2,    m groups c, or rows where there are no groups
+    error^2 = m / (m - 1) sum_c (sum_{i in c} (influence_a(i) - influence_b(i)))^2,    m groups c; a row without a group is one of its own
 
 Interval and p are those of Student's t with m - 1 degrees of freedom, since a slice may hold few groups. For AUC without groups they are
 those of the paired test of DeLong et al. (1988): n / (n - 1) for each class of n rows, and the normal distribution. With groups they are
@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
+from data.reading.columns import NO_GROUP
 from mbcnet_rec.scoring.metrics import score_counts, shares_outranked, softplus
-from mbcnet_rec.scoring.ranking import Ties, gauc_influence, ranking_values
+from mbcnet_rec.scoring.ranking import Ties, gauc_influence, grouped, ranking_values
 
 ROUNDING = 1e-12  # of a difference: an error below it is one of rounding
 Influence = tuple[float, np.ndarray]  # the metric's value, and the influence on it of each row (B,) or group (G,)
@@ -54,7 +55,7 @@ def paired_differences(
         "log_loss": lambda z: loss_influence(z, labels),
         "calibration": lambda z: calibration_influence(z, labels),
     }
-    clusters = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    clusters = clusters_of(groups, len(labels))
     classes = labels > 0, labels <= 0
     rows = np.where(classes[0], *(of_class.sum() for of_class in classes))
     found = {}
@@ -67,14 +68,25 @@ def paired_differences(
     if min(np.count_nonzero(np.bincount(clusters[of_class])) for of_class in classes) < 2:
         found["auc"] = found["auc"]._replace(low=math.nan, high=math.nan, p=math.nan, corrected=math.nan)
     if groups is not None:
-        (value, own), (other_value, other) = (gauc_influence(z, labels, groups) for z in (ours, theirs))
+        *scores, known_labels, known_groups = grouped(ours, theirs, labels, groups)
+        (value, own), (other_value, other) = (gauc_influence(z, known_labels, known_groups) for z in scores)
         found["gauc"] = difference_of(value, other_value, own - other)
-        both = [ranking_values(z, labels, groups, ranking_k) for z in (ours, theirs)]
+        both = [ranking_values(z, known_labels, known_groups, ranking_k) for z in scores]
         for name in both[0]:
             mine, others = (each[name] if len(each[name]) else np.full(1, math.nan) for each in both)
             value, other_value = float(mine.mean()), float(others.mean())
             found[name] = difference_of(value, other_value, (mine - value - others + other_value) / len(mine))
     return found
+
+
+def clusters_of(groups: np.ndarray | None, rows: int) -> np.ndarray:
+    """The draw of each row, (B,), counted from 0: its group, or the row alone where it has none."""
+    if groups is None:
+        return np.arange(rows)
+    draws = np.unique(groups, return_inverse=True)[1]
+    alone = np.flatnonzero(groups == NO_GROUP)[1:]  # the first one has a draw already
+    draws[alone] = draws.max(initial=-1) + 1 + np.arange(len(alone))
+    return draws
 
 
 def difference_of(ours: float, theirs: float, influences: np.ndarray, *, delong: bool = False) -> Difference:
@@ -91,7 +103,7 @@ def difference_of(ours: float, theirs: float, influences: np.ndarray, *, delong:
 
 def mean_difference(values: np.ndarray, groups: np.ndarray | None = None) -> Difference:
     """Compare the mean of values (B,) with 0, as a paired t test does; values of one group are taken together."""
-    clusters = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    clusters = clusters_of(groups, len(values))
     mean = float(values.mean())
     return difference_of(mean, 0.0, np.bincount(clusters, (values - mean) / len(values)))
 
@@ -141,6 +153,9 @@ def expected_clicks(
 
     A group of fewer rows shows all of them under both. Equal scores are in random order, so theirs count by their mean.
     """
+    ours, theirs, labels, groups = grouped(ours, theirs, labels, groups)
+    if not len(groups):
+        return difference_of(math.nan, math.nan, np.full(1, math.nan))
     own, other = (_clicks_on_top(scores, labels, groups, top) for scores in (ours, theirs))
     gaps = own - other
     return difference_of(float(own.mean()), float(other.mean()), (gaps - gaps.mean()) / len(gaps))

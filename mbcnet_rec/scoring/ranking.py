@@ -2,7 +2,7 @@
 
 GAUC is the mean over groups of both classes of their AUC, weighted by rows. The others are means over groups that have a positive row, all
 alike. Rows of one score in one group stand in any order with equal probability, and a metric is its expected value over these orders: it
-depends neither on the order of the rows nor on the ranks. Groups are independent draws.
+depends neither on the order of the rows nor on the ranks. Groups are independent draws. A row without a group (a null) is in none.
 
 Shapes: B rows, G groups, T ties: rows of one group and one score, by rising group and falling score.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import InputError
+from data.reading.columns import NO_GROUP
 from data.schema import Schema
 from mbcnet_rec.scoring.metrics import NOT_KNOWN, Estimate, can_be_scored
 
@@ -74,6 +75,12 @@ def title_of(name: str) -> str:
     return TITLES[metric] + at + k + (f" of {task}" if task else "") if metric in TITLES else ""
 
 
+def grouped(*rows: np.ndarray) -> list[np.ndarray]:
+    """Arrays (B,), the last one of group ids, without the rows that have no group."""
+    known = rows[-1] != NO_GROUP
+    return [each[known] for each in rows]
+
+
 def group_metrics(
     logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
 ) -> dict[str, Estimate]:
@@ -85,6 +92,7 @@ def group_sums(
     logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray, ks: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """Of rows (B,), the sums (6,) of gauc and each of `names_of`, which add up over sets of whole groups; NaN if rows cannot be scored."""
+    logits, labels, group_ids = grouped(logits, labels, group_ids)
     if len(labels) and not can_be_scored(logits, labels):
         return {name: np.full(6, math.nan) for name in ("gauc", *names_of(ks))}
     found = {"gauc": _sums(*group_areas(logits, labels, group_ids))}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mbcnet_rec.runtime.process import Process, gather_rows
 from mbcnet_rec.scoring.metrics import Estimate, Histogram, exact_metrics, reliability
-from mbcnet_rec.scoring.ranking import group_estimates, group_metrics, group_sums
+from mbcnet_rec.scoring.ranking import group_estimates, group_metrics, group_sums, grouped
 from mbcnet_rec.scoring.tasks import by_task, joined
 
 EXACT_ROWS = 10_000_000  # 4 outputs: 280 MB of logits, labels and groups on rank 0
@@ -70,6 +70,7 @@ class GroupShares:
 
     def add(self, logits: np.ndarray, labels: np.ndarray, group_ids: np.ndarray) -> None:
         """Take rows: all (B,)."""
+        logits, labels, group_ids = grouped(logits, labels, group_ids)
         rows = np.empty(len(labels), ROW)
         rows["group"], rows["logit"], rows["label"] = group_ids, logits, labels
         shares = group_ids % len(self._files)
