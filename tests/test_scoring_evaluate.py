@@ -169,15 +169,21 @@ def test_a_value_is_one_slice_whatever_type_its_column_has(runs, tmp_path):
     for index, column in enumerate(columns):
         times = pa.array(range(90), pa.timestamp("ns"))
         no_utf8 = pa.array([b"\xff"] * 90).cast(pa.string(), safe=False)
+        tenths = [None if row < 3 else row % 3 / 10 for row in range(90)]
+        kind = (pa.float32(), pa.float64(), pa.string())[index % 3]
         table = rows.append_column("part", column).append_column("at", times).append_column("bytes", no_utf8)
+        table = table.append_column("tenth", pa.array(tenths).cast(kind))
         pq.write_table(table, tmp_path / f"{index}.parquet", write_page_checksum=True)
     run = runs / "row_wise"
     code, out, err = printed_by(
-        "evaluate", run, "--data", tmp_path, "--by", "part", "--by", "at", "--by", "bytes", "--json"
+        "evaluate", run, "--data", tmp_path, *(f"--by={name}" for name in ("part", "at", "bytes", "tenth")), "--json"
     )
     assert code == 0, err
     slices = json.loads(out)["slices"]
     assert {name: each["rows"] for name, each in slices["part"].items()} == {"0": 180, "1": 180, "2": 180}
+    assert {name: each["rows"] for name, each in slices["tenth"].items()} == {
+        "0": 174, "0.1": 174, "0.2": 174, "(null)": 18,
+    }  # fmt: skip
     assert {name: each["rows"] for name, each in slices["bytes"].items()} == {"\\xff": 540}
     assert slices["at"]["1970-01-01 00:00:00.000000007"]["rows"] == 6
     twice = pa.Table.from_arrays([*rows.columns, numbers, numbers], [*rows.column_names, "part", "part"])

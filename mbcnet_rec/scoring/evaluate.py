@@ -241,13 +241,17 @@ def distinct(column: pa.Array) -> tuple[list[str], np.ndarray]:
     values = encoded.dictionary
     if getattr(values.type, "unit", "") == "ns" and not pa.types.is_duration(values.type):
         values = values.cast(pa.string())  # Python's times end with microseconds
-    return [_text(value) for value in values.to_pylist()], encoded.indices.to_numpy().astype(np.int64)
+    found = values.to_pylist()
+    if pa.types.is_float32(values.type) or pa.types.is_float16(values.type):
+        narrow = values.type.to_pandas_dtype()  # whose text is 0.1, and not 0.10000000149
+        found = [None if value is None else narrow(value) for value in found]
+    return [_text(value) for value in found], encoded.indices.to_numpy().astype(np.int64)
 
 
 def _text(value: Any) -> str:
-    """One name for one value, whatever type the column has in a file: 7 for 7.0, and text for its bytes."""
+    """One name for one value, whatever type the column has in a file: 7 for 7.0, 0.1 of any float type, and text for its bytes."""
     if value is None:
         return NULL
-    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
+    if isinstance(value, (float, np.floating, Decimal)) and math.isfinite(value) and value == int(value):
         return str(int(value))
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
