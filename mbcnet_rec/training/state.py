@@ -155,9 +155,11 @@ class Feed:
             with blamed_on(self._process):
                 batch = next(self._batches)
             self.waited += time.perf_counter() - start
-            first = batch.labels if batch.labels.ndim == 1 else batch.labels[:, 0]  # of several labels
-            rows = batch.weights.where(first.isfinite(), 0).count_nonzero()
-            self._ahead.append((batch.cursor, rows, first.nansum(dtype=torch.float64)))
+            first, weights = batch.labels, batch.weights
+            if first.ndim > 1:  # of several labels, which may be null
+                first = first[:, 0]
+                weights = weights.where(first.isfinite(), 0)
+            self._ahead.append((batch.cursor, weights.count_nonzero(), first.nansum(dtype=torch.float64)))
             yield batch
 
     def close(self) -> None:
