@@ -178,6 +178,30 @@ def test_a_storage_that_fails_at_any_operation_leaves_the_last_checkpoint(storag
     assert latest_step(storage) == step and value_of(storage, step) == 9.0
 
 
+class Without:
+    """A storage one of whose operations fails."""
+
+    def __init__(self, storage, broken):
+        self._place, self._broken = storage, broken
+
+    def __getattr__(self, name):
+        if name == self._broken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return getattr(self._place, name)
+
+
+@pytest.mark.parametrize("broken", ["settle", "write_note", "remove"])
+def test_what_fails_after_a_checkpoint_is_committed_leaves_it_whole(storage, broken):
+    """The disk that this checkpoint has filled has no room for best.json."""
+    write(storage, 5, keep=Keep(last=1, best=((0.6, 5),)))
+    with pytest.raises(CannotWriteError, match=r"step 10 is whole, but .* failed \(No space left on device\)"):
+        write(Without(storage, broken), 10, keep=Keep(last=1, best=((0.7, 10),)))
+    assert storage.steps() == [5, 10] and latest_step(storage) == 10
+    assert (value_of(storage, 5), value_of(storage, 10)) == (5.0, 10.0)
+    write(storage, 15, keep=Keep(last=1, best=((0.8, 15),)))
+    assert storage.steps() == [15] and best_step(storage) == 15
+
+
 def test_files_are_durable_before_the_name_appears(tmp_path, monkeypatch):
     """Every file and the folder are fsynced, then the manifest comes by one rename, then both folders are fsynced."""
     calls = []

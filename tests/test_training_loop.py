@@ -62,6 +62,11 @@ def test_the_last_and_the_best_are_kept(config, tmp_path):
     best = json.loads((folder / "checkpoints/best.json").read_text())
     assert best == {"step": valid[0]["step"], "auc": valid[0]["auc"]}
 
+    # a disk that the last checkpoint has filled had no room for this; started again, no step is left to train
+    (folder / "checkpoints/best.json").write_text('{"step": 9, "auc": 0.1}\n')
+    assert run(config, folder, *settings, resume=True)[0] == 0
+    assert json.loads((folder / "checkpoints/best.json").read_text()) == best
+
 
 SWITCHES = {
     "slices, cooperation warm-up, bf16, importance weights, plateau": [

@@ -97,7 +97,7 @@ class CheckpointStorage:
             shutil.copyfileobj(file, sink)
 
     def commit(self, step: int, manifest: bytes, names: Sequence[str]) -> None:
-        """Make these files alone the checkpoint of a step; CannotWriteError if a rank's file is missing, because its host has another disk."""
+        """Make these files the checkpoint of a step, which `settle` ends; CannotWriteError if a rank's file is missing: its host has another disk."""
         there = self._names(step)
         for name in names:
             if name not in there:
@@ -107,8 +107,11 @@ class CheckpointStorage:
                 )
         self._sync_folders(f"step_{step}")
         self.write_note(f"step_{step}/{MANIFEST}", manifest)
+
+    def settle(self, step: int, names: Sequence[str]) -> None:
+        """Make the manifest's name durable, and remove the step's files of other tries."""
         self._sync_folders(f"step_{step}", "")
-        self._delete(step, (name for name in there if name not in {MANIFEST, *names}))
+        self._delete(step, (name for name in self._names(step) if name not in {MANIFEST, *names}))
 
     def _sync_folders(self, *folders: str) -> None:
         """Make names in folders durable."""

@@ -6,7 +6,7 @@ Ranks report their files to rank 0 through the rendezvous store. Rank 0 writes t
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +18,14 @@ from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.runtime.process import Process, broadcast_value, side_store, vote, wait_for_device
 
 POLL_SECONDS = 0.02
+Best = Sequence[tuple[float | None, int]]  # (validation AUC, step), best first
 
 
 class Keep(NamedTuple):
     """Which checkpoints are kept: the newest `last`, those of the steps in `best`, and that of `step`."""
 
     last: int
-    best: tuple[tuple[float | None, int], ...] = ()  # (validation AUC, step), best first
+    best: Best = ()
     step: int = 0
 
 
@@ -54,6 +55,7 @@ class Saver:
         self._store = side_store(process, "checkpoint")
         self._thread: threading.Thread | None = None
         self._error: str = ""
+        self._committed = False  # the last save has its manifest: whatever fails after that, its files stay
         self._snapshot: Snapshot = []
         self._cancelled = threading.Event()
 
@@ -72,6 +74,7 @@ class Saver:
         start = time.perf_counter()
         self.finish()
         self._count += 1
+        self._committed = False
         self._snapshot = take_snapshot(shards, self._process.rank, self._snapshot)
         wait_for_device(self._process)
         args = (step, self._snapshot, extra, keep)
@@ -94,7 +97,7 @@ class Saver:
         if guilty is None:
             return
         self.cancel()
-        if self._process.is_first and self.saved_step is not None:
+        if self._process.is_first and self.saved_step is not None and not self._committed:
             with suppress(Exception):  # what the other ranks wrote after this one gave up
                 self.storage.discard(self.saved_step, self._token)
         own = self._error or f"rank {guilty} could not write its part of a checkpoint"
@@ -103,6 +106,12 @@ class Saver:
     def hold(self, step: int, copies: Copies) -> None:
         """Take these copies of a checkpoint for those of the next one, where they are the same."""
         self.held = {sha256: f"step_{step}/{file}" for file, sha256 in copies.values()}
+
+    def note_best(self, best: Best) -> None:
+        """On rank 0, write which checkpoint is the best, if one is."""
+        if best:
+            note = {"step": best[0][1], "auc": best[0][0]}
+            self.storage.write_note(BEST, (json.dumps(note) + "\n").encode())
 
     def cancel(self) -> None:
         """Stop waiting for other ranks: the run ends."""
@@ -130,7 +139,10 @@ class Saver:
             manifest = manifest_bytes(self._process.world_size, extra, records, copies)
             names = [each["file"] for each in records] + [file for file, _ in copies.values()]
             self.storage.commit(step, manifest, names)
+            self._committed = True
+            self.storage.settle(step, names)
             self.hold(step, copies)
+            self.note_best(keep.best)
             self._tidy(step, keep)
             self.written_seconds = time.perf_counter() - start
         except Exception as error:  # `finish` raises it, on every rank
@@ -138,7 +150,7 @@ class Saver:
             if self._store is not None and rank != 0:
                 with suppress(Exception):
                     self._store.set(self._key(step, rank), json.dumps({"error": self._error}))
-            if rank == 0:  # alone: another rank may still be writing
+            if rank == 0 and not self._committed:  # alone: another rank may still be writing
                 with suppress(Exception):
                     self.storage.discard(step, self._token)
 
@@ -146,6 +158,11 @@ class Saver:
         if isinstance(error, CannotWriteError):
             return str(error)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if self._committed:
+            return (
+                f"rank 0: checkpoint of step {step} is whole, but what follows it, best.json and the removal of older ones, failed "
+                f"({reason.splitlines()[0]}): free space or repair the storage, then continue with --resume"
+            )
         return (
             f"rank {self._process.rank}: checkpoint of step {step} could not be written ({reason.splitlines()[0]}); "
             "earlier checkpoints are intact: free space or repair the storage, then continue with --resume"
@@ -176,12 +193,9 @@ class Saver:
         return f"{self._token}/{step}/{rank}"
 
     def _tidy(self, step: int, keep: Keep) -> None:
-        """On rank 0, note the best checkpoint and remove those neither recent nor good; steps later than `step` did not verify and are left alone."""
+        """On rank 0, remove checkpoints neither recent nor good; steps later than `step` did not verify and are left alone."""
         steps = [each for each in self.storage.steps() if each <= step]
         kept = {keep.step, *(step for _, step in keep.best)}
-        if keep.best:
-            note = {"step": keep.best[0][1], "auc": keep.best[0][0]}
-            self.storage.write_note(BEST, (json.dumps(note) + "\n").encode())
         for each in steps[: -keep.last]:
             if each not in kept:
                 self.storage.remove(each)

@@ -15,7 +15,7 @@ from mbcnet_rec.checkpoints.compatibility import RowsAnew, describe_run, load_ch
 from mbcnet_rec.checkpoints.shards import Saved, shards_of
 from mbcnet_rec.checkpoints.writer import Keep, Saver
 from mbcnet_rec.checkpoints.zch_state import history_shards, restore_history, zch_counters, zch_unseen
-from mbcnet_rec.logs.metrics_log import Records
+from mbcnet_rec.logs.metrics_log import Records, written
 from mbcnet_rec.logs.progress import Progress
 from mbcnet_rec.model.objective import LossArch
 from mbcnet_rec.runtime.exits import NonFiniteLossError, PreemptedError
@@ -164,6 +164,10 @@ class Trainer:
                 self.bar.say(
                     f"data.train: the rows {found}{of_task}: nothing can be learned from them; check the label column"
                 )
+            # resumed at its end: the start before may have ended between its last checkpoint and this note
+            if self.saver.saved_step is None and process.is_first:
+                with written(folder):
+                    self.saver.note_best(self.state.best)
             self.saver.finish()
         finally:
             self.profile.close(self.state.step)
