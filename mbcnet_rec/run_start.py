@@ -137,12 +137,6 @@ def open_folder(start: Start, plan: Plan, *, overwrite: bool) -> None:
     if place and not is_uri(place):  # so that it holds from every working directory
         config = replace(config, train=replace(config.train, checkpoint_folder=str(Path(place).absolute())))
 
-    def remove_checkpoints() -> None:
-        for step in storage.steps() if fresh else ():
-            storage.remove(step)
-        if fresh or start.days.begins:  # which is the best of the day before says nothing of this one
-            storage.remove_note(BEST)
-
     with written(folder):
         run_folder.remove(new)
         new.mkdir(parents=True)
@@ -162,5 +156,7 @@ def open_folder(start: Start, plan: Plan, *, overwrite: bool) -> None:
             write_whole(new / METRICS, "")
             # the stacks of a start that died stay, and its run on an MLflow server
             names = _OWN if overwrite else _OWN - {STACKS, RUN_ID}
-        run_folder.put_in_place(folder, names, remove_checkpoints)
+        run_folder.put_in_place(folder, names, elsewhere=fresh and bool(place))
+        if start.days.begins:  # which is the best of the day before says nothing of this one
+            storage.remove_note(BEST)
         (folder / run_folder.DONE).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import lines_of, make_run, train
 
 from data.errors import InputError
-from mbcnet_rec.checkpoints.run_folder import CONFIG, NEW, REPLACED, put_in_place, recover
+from mbcnet_rec.checkpoints.run_folder import CONFIG, GOING, NEW, REPLACED, put_in_place, recover
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
 from mbcnet_rec.cli import main
 from mbcnet_rec.config import load_config
@@ -107,16 +107,63 @@ def test_a_crash_leaves_one_run_or_the_other(tmp_path, moved_out, moved_in):
 
 
 def test_a_replacement_that_cannot_be_made_is_taken_back(tmp_path):
-    def fails() -> None:
-        assert not (tmp_path / CONFIG).exists() and (tmp_path / REPLACED / CONFIG).exists()
-        raise OSError("no space left")
-
+    (tmp_path / "data.json").mkdir()
+    (tmp_path / "data.json/mine").write_text("in the way")
     for place in (tmp_path, tmp_path / NEW):
         place.mkdir(exist_ok=True)
         (place / CONFIG).write_text(place.name)
+    (tmp_path / NEW / "data.json").write_text("new")
+    before = contents(tmp_path)
     with pytest.raises(OSError):
-        put_in_place(tmp_path, {CONFIG}, fails)
-    assert contents(tmp_path) == {CONFIG: tmp_path.name.encode()}
+        put_in_place(tmp_path, {CONFIG}, elsewhere=False)
+    assert contents(tmp_path) == {name: text for name, text in before.items() if not name.startswith(NEW)}
+
+
+@pytest.mark.parametrize("is_going", [True, False])
+@pytest.mark.parametrize("removed", range(3))
+@pytest.mark.parametrize("moved_in", range(3))
+def test_a_crash_while_checkpoints_elsewhere_go_leaves_the_new_run(tmp_path, is_going, removed, moved_in):
+    """Before the first of them goes it leaves the earlier one with all."""
+    run, storage, names = tmp_path / "run", CheckpointStorage(tmp_path / "checkpoints"), ["a", "metrics.jsonl", CONFIG]
+    text = f'[train]\ncheckpoint_folder = "{storage.root}"\n'
+    for place in (run / NEW, run / REPLACED):
+        place.mkdir(parents=True)
+        for name in names:
+            (place / name).write_text(f"{text}# {place.name}")
+    if is_going:
+        (run / REPLACED / GOING).touch()
+    elif removed or moved_in:
+        return
+    steps = list(range(removed, 2))
+    for step in steps:
+        storage.write_note(f"step_{step}/manifest.json", b"{}")
+    if moved_in and steps:
+        return  # the ones are gone before the other comes
+    for name in names[:moved_in]:
+        (run / NEW / name).rename(run / name)
+    recover(run)
+    kept = (f"{text}# {NEW}", []) if is_going else (f"{text}# {REPLACED}", steps)
+    assert ({path.name: path.read_text() for path in run.iterdir()}, storage.steps()) == (
+        dict.fromkeys(names, kept[0]),
+        kept[1],
+    )
+
+
+def test_checkpoints_elsewhere_that_cannot_be_removed_go_with_the_next_start(tiny, tmp_path, capfd):
+    place, run = tmp_path / "checkpoints", tmp_path / "run"
+    settings = ("data.test=[]", f"train.out={run}", f"train.checkpoint_folder={place}")
+    assert train(tiny, *settings, "train.max_steps=3", "train.checkpoint_every=1", "train.keep_last=3") == 0
+    (place / "step_2/manifest.json").unlink()
+    (place / "step_2/manifest.json/stuck").mkdir(parents=True)
+    for asked in ("overwrite", "resume"):
+        assert train(tiny, *settings, "train.max_steps=1", **{asked: True}) == 74
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert "checkpoints of the run that is replaced cannot be removed" in said and "again with --resume" in said
+        assert not (run / CONFIG).exists(), "the run that has lost a checkpoint is not back"
+    shutil.rmtree(place / "step_2")
+    assert train(tiny, *settings, "train.max_steps=1", resume=True) == 0
+    assert "from the start" in capfd.readouterr().out
+    assert CheckpointStorage(place).steps() == [1] and not (run / REPLACED).exists()
 
 
 def test_checkpoints_elsewhere_are_replaced_with_their_own_run_only(tiny, tmp_path, capfd):

@@ -1,12 +1,13 @@
 """The names in a run folder, where a run's checkpoints are, and how a new run takes the place of an earlier one.
 
 A run folder with a config.toml holds a run. A replaced run is moved to RUN/.replaced, its config.toml first, and the new one's files
-come from RUN/.new, its config.toml last: so whenever the process ends, `recover` finds one whole run or the other.
+come from RUN/.new, its config.toml last: so whenever the process ends, `recover` finds one whole run or the other. Checkpoints outside
+of the folder cannot be moved away: from the file RUN/.replaced/.going on they are removed, and `recover` ends what was begun.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from data.errors import InputError
 from data.reading.storage import is_uri
 from data.schema.parse import parse_dataclass, read_toml
 from mbcnet_rec.checkpoints.storage import CheckpointStorage
+from mbcnet_rec.runtime.exits import CannotWriteError
 from mbcnet_rec.training.config import TrainConfig
 
 CONFIG, PLAN, CHECKPOINTS, DONE = "config.toml", "plan.json", "checkpoints", "DONE"
-NEW, REPLACED = ".new", ".replaced"
+NEW, REPLACED, GOING = ".new", ".replaced", ".going"
 
 
 def storage_of(train: TrainConfig, folder: Path) -> CheckpointStorage:
@@ -48,17 +50,21 @@ def _location(train: TrainConfig, folder: Path) -> str:
     return place.rstrip("/") if is_uri(place) else str(Path(place or folder / CHECKPOINTS).resolve())
 
 
-def put_in_place(folder: Path, names: Collection[str], between: Callable[[], object]) -> None:
-    """Make RUN/.new the run in place of `names`, `between` when neither is there; OSError, and the earlier run as it was, if it cannot move."""
+def put_in_place(folder: Path, names: Collection[str], *, elsewhere: bool) -> None:
+    """Make RUN/.new the run in place of `names`; with `elsewhere` also of the checkpoints outside of the folder where its config has its own.
+
+    OSError, and the earlier run as it was, if it cannot move; else raises as `recover`.
+    """
     replaced, new = folder / REPLACED, folder / NEW
     try:
         replaced.mkdir()
         for name in sorted(names, key=lambda name: name != CONFIG):
             if os.path.lexists(folder / name):
                 os.replace(folder / name, replaced / name)
-        between()
-        for path in sorted(new.iterdir(), key=lambda path: path.name == CONFIG):
-            os.replace(path, folder / path.name)
+        if elsewhere:
+            (replaced / GOING).touch()
+        else:
+            _move(new, folder)
     except OSError:
         recover(folder)
         raise
@@ -66,14 +72,38 @@ def put_in_place(folder: Path, names: Collection[str], between: Callable[[], obj
 
 
 def recover(folder: Path) -> None:
-    """Bring back a run whose replacement was cut off; remove what is left of one whose replacement is in place."""
-    replaced = folder / REPLACED
+    """Bring back a run whose replacement was cut off, or replace it where its checkpoints elsewhere are going; remove what is left of the other.
+
+    CannotWriteError if such a checkpoint cannot be removed.
+    """
+    replaced, new = folder / REPLACED, folder / NEW
     if replaced.is_dir() and not (folder / CONFIG).exists():
-        for path in sorted(replaced.iterdir(), key=lambda path: path.name == CONFIG):
-            remove(folder / path.name)
-            os.replace(path, folder / path.name)
+        train = train_config_of(new) if (replaced / GOING).exists() else None
+        if train is not None:
+            _clear(storage_of(train, folder))
+            _move(new, folder)
+        else:
+            for path in replaced.iterdir():  # what the new one has put there
+                remove(folder / path.name)
+            _move(replaced, folder)
     remove(replaced)
-    remove(folder / NEW)
+    remove(new)
+
+
+def _clear(storage: CheckpointStorage) -> None:
+    try:
+        storage.clear()
+    except OSError as error:
+        raise CannotWriteError(
+            f"rank 0: {error.filename or storage.location}: checkpoints of the run that is replaced cannot be removed "
+            f"({error.strerror or error}); repair the storage, then start again with --resume: the new run takes its place"
+        ) from None
+
+
+def _move(source: Path, folder: Path) -> None:
+    """Move what is in `source` to `folder`, the config last."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == CONFIG):
+        os.replace(path, folder / path.name)
 
 
 def remove(path: Path) -> None:

@@ -132,6 +132,12 @@ class CheckpointStorage:
         with suppress(OSError):
             self._system.delete_dir(f"step_{step}")
 
+    def clear(self) -> None:
+        """Remove all checkpoints, and which is the best."""
+        for step in self.steps():
+            self.remove(step)
+        self.remove_note(BEST)
+
     def _delete(self, step: int, names: Iterable[str]) -> None:
         """Remove files of a step, and on a disk its folder with the last one."""
         for name in names:
