@@ -124,6 +124,37 @@ def usr1_in_evaluation():
     return {"first": first, "lines": lines, "again": again, "equal": equal_to_calm("usr1")}
 
 
+def sigterm_in_reading():
+    """SIGTERM to one rank in the first of the batches that are read before they are scored; the other takes its time for its first."""
+    at = "reading rows to score at step 6"
+
+    def hooks(rank):
+        def on_place(where):
+            with (FOLDER / f"places_{rank}").open("a") as file:
+                file.write(f"{where}\n")
+            if where == at and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                (FOLDER / "signalled").touch()
+            while where == at and not (FOLDER / "signalled").exists():
+                time.sleep(0.01)
+            if where == at and rank == 0:
+                time.sleep(1)
+
+        return Hooks(on_place=on_place)
+
+    first = run("term_read", "data.batch_size=12", hooks=hooks)
+    first["places"] = [(FOLDER / f"places_{rank}").read_text().splitlines() for rank in (0, 1)]
+    again = run("term_read", "data.batch_size=12", resume=True)
+    whole = run("calm_read", "data.batch_size=12")
+    equal = tensors("term_read", STEPS) == tensors("calm_read", STEPS)
+    return {
+        "first": first,
+        "again": again,
+        "whole": whole,
+        "equal": {"tensors": equal, "metrics": metrics("term_read") == metrics("calm_read")},
+    }
+
+
 def nan_stops():
     result = run("nan", hooks=loss_at(8))
     result["faults"] = sorted(path.name for path in (FOLDER / "nan" / "faults").iterdir())
@@ -274,7 +305,7 @@ def disk_full_in_metrics():
 
 
 SCENARIOS = (
-    calm, killed_rank, sigterm, usr1_in_evaluation, nan_stops, nan_skipped, nan_cap, spike, stopped_rank, stuck_rank, absent_rank,
+    calm, killed_rank, sigterm, sigterm_in_reading, usr1_in_evaluation, nan_stops, nan_skipped, nan_cap, spike, stopped_rank, stuck_rank, absent_rank,
     port_taken, reader_raises, reader_is_stuck, reader_dies, log_is_full, disk_full_in_save, disk_full_in_metrics,
 )  # fmt: skip
 

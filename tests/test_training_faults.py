@@ -15,7 +15,7 @@ RARE = [
     "usr1_in_evaluation", "nan_cap", "spike", "stopped_rank", "stuck_rank", "absent_rank", "port_taken", "reader_is_stuck",
     "reader_dies", "log_is_full", "disk_full_in_save", "disk_full_in_metrics",
 ]  # fmt: skip
-USUAL = ["killed_rank", "sigterm", "nan_stops", "nan_skipped", "reader_raises"]
+USUAL = ["killed_rank", "sigterm", "sigterm_in_reading", "nan_stops", "nan_skipped", "reader_raises"]
 
 
 def results_of(folder, names):
@@ -72,6 +72,18 @@ def test_a_stop_request_is_granted_at_the_step_boundary(request, name, step, lan
     assert f"after step {step}; its checkpoint is written" in line_of(first, 0) and first["words"][1] == ""
     assert max(first["steps"]) == step, "no step is lost"
     assert first.get("seconds_after", 0) < 10, "from the signal to the last rank's end, the checkpoint included"
+    ended_as_calm(result)
+
+
+def test_a_stop_request_while_rows_to_score_are_read_is_granted_there(results):
+    """All ranks leave the reading, although one was asked, and a start after that reads the rows to their ends."""
+    result = results["sigterm_in_reading"]
+    first, at = result["first"], "reading rows to score at step 6"
+    assert first["codes"] == [75, 75] and first["steps"] == [6]
+    assert "after step 6; its checkpoint is written" in line_of(first, 0) and first["words"][1] == ""
+    assert [places.count(at) for places in first["places"]] == [1, 1], "of 10 batches"
+    assert all("evaluation at step 6" not in places for places in first["places"])
+    assert result["whole"]["codes"] == [0, 0]
     ended_as_calm(result)
 
 

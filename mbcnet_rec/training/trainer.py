@@ -397,9 +397,18 @@ class Trainer:
             InputError: a row is faulty, on every rank.
         """
         if self.process.world_size > 1 and stream.fingerprint() not in self._readable:
+            store, stopped = self.process.store, False
+            assert store is not None
             with agreed(self.process):  # a rank that met a fault while scoring would leave the others waiting for it
                 for _ in stream:
                     self.context.watchdog.beat(f"reading rows to score at step {self.state.step}")
+                    # no collective: ranks that met a fault, or that are through, would not join it
+                    if self.context.stop.requested:
+                        store.set("stop", "")
+                    if stopped := store.check(["stop"]):
+                        break
+            if any_rank(stopped):
+                raise EvaluationStoppedError
             stream.counters.clear()
             stream.nulls.clear()
             self._readable.add(stream.fingerprint())
