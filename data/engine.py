@@ -167,7 +167,11 @@ def _in_processes(engine: Engine, run: Run, left: Mapping[Path, Any], lost: Lost
         while waiting or begun:
             while waiting and idle:
                 path, pool = waiting.pop(), idle.pop()
-                begun[pool.submit(run, left[path])] = path, pool
+                try:
+                    begun[pool.submit(run, left[path])] = path, pool
+                except BrokenProcessPool:  # killed while it had no task: a loss of no task
+                    waiting.append(path)
+                    idle.append(worker())
             for future in wait(begun, return_when=FIRST_COMPLETED).done:
                 path, pool = begun.pop(future)
                 try:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -130,6 +132,23 @@ def test_results_are_the_same_in_another_order_and_after_a_worker_was_killed(log
     assert (tmp_path / "marker").exists()
     list(run_tasks(HERE, count_unit, dict(sorted(shuffled.items(), key=lambda each: hash(each[0].name)))))
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "shuffled")
+
+
+def touched(task: tuple[Path, bool]) -> None:
+    """Leave a result, and soon the worker is gone."""
+    path, dies = task
+    path.touch()
+    if dies:
+        threading.Timer(0.2, os._exit, (9,)).start()
+
+
+def test_a_worker_that_is_killed_between_two_tasks_costs_no_task(tmp_path):
+    tasks = {tmp_path / f"{number}": (tmp_path / f"{number}", number == 0) for number in range(4)}
+    done = []
+    for path in run_tasks(Engine("local", 2), touched, tasks):
+        done.append(path)
+        time.sleep(1)  # what the caller does with a result
+    assert sorted(done) == sorted(tasks)
 
 
 def test_a_job_that_ended_half_way_goes_on_with_what_is_missing(log, small, tmp_path):
