@@ -9,16 +9,18 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.errors import InputError, first_line
+from data.whole_folder import write_whole
 
 Run = Callable[[Any], object]
 Lost = Callable[[Path], object]
@@ -94,34 +96,41 @@ def run_tasks(
         yield from _in_processes(engine, run, left, lost)
 
 
-def follow(engine: Engine, folder: Path) -> None:
-    """Let torchrun's other ranks wait until the first has come here."""
-    if engine.name == "torchrun":
-        begun = _mark(folder, 0)
-        if engine.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            begun.touch()
-        while not begun.exists():
-            time.sleep(LOOK_SECONDS)
-
-
 def meet(engine: Engine, folder: Path) -> None:
-    """Let torchrun's first rank wait until no other looks for results in a folder any more."""
+    """Let torchrun's ranks wait for each other. What ranks that are dead have left in the folder, by the same names, is no answer to this call."""
     if engine.name != "torchrun":
         return
     rank, size = rank_and_size()
+    first, *others = (_mark(folder, each) for each in range(size))
     if rank:
-        _mark(folder, rank).touch()
+        own, mark = uuid.uuid4().hex, others[rank - 1]
+        while own not in _read(first):
+            if _read(mark) != own:  # not written yet, or taken for one of the dead
+                with suppress(FileNotFoundError):  # the first makes the folder
+                    write_whole(mark, own)
+            time.sleep(LOOK_SECONDS)
+        mark.unlink()
         return
-    others = [_mark(folder, other) for other in range(1, size)]
-    while not all(each.exists() for each in others):
-        time.sleep(LOOK_SECONDS)
-    for each in (_mark(folder, 0), *others):
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in others:
         each.unlink(missing_ok=True)
+    while not all(seen := [_read(each) for each in others]):
+        time.sleep(LOOK_SECONDS)
+    write_whole(first, " ".join(seen))
+    while any(_read(each) == own for each, own in zip(others, seen, strict=True)):
+        time.sleep(LOOK_SECONDS)
+    first.unlink()
+
+
+def _read(mark: Path) -> str:
+    try:
+        return mark.read_text(encoding="utf-8")
+    except OSError:  # not there, or on a shared folder replaced just now
+        return ""
 
 
 def _mark(folder: Path, rank: int) -> Path:
-    """What a rank leaves when it has come so far, in this start of a torchrun job: an earlier one may have left marks of its own."""
+    """What a rank writes while it waits: the first whom it has seen, the others what only they know."""
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     return folder / f"rank-{'-'.join(os.environ.get(name, '') for name in names)}-{rank}"
 

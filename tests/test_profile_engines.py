@@ -224,6 +224,54 @@ def test_two_ranks_of_torchrun_give_the_same_bytes(log, small, tmp_path):
     assert not list(tmp_path.glob(".*.work"))
 
 
+JOB = """
+import sys, time
+from pathlib import Path
+from data.engine import Engine, meet, run_tasks
+engine, out, is_killed = Engine("torchrun"), Path("out"), sys.argv[1] == "killed"
+tasks = {out / str(number): number for number in range(4)}
+def run(number):
+    time.sleep(300 if is_killed and number == 2 else 0)
+    (out / str(number)).touch()
+if engine.is_first:
+    time.sleep(0 if is_killed else 0.5)  # the other rank is ahead
+    for path in tasks:
+        path.unlink(missing_ok=True)  # as a study does with what it heard of its runs
+meet(engine, out)
+found = list(run_tasks(engine, run, tasks, last=True))
+time.sleep(0 if engine.is_first else 1)  # here the first is
+assert all(path.exists() for path in found)
+meet(engine, out)
+for path in tasks if engine.is_first else ():
+    path.unlink()
+"""
+
+
+def test_what_killed_ranks_have_left_is_no_answer_to_those_of_the_next_start(tmp_path):
+    port = {"WORLD_SIZE": "2", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}  # torchrun's, at every start
+
+    def start(how: str) -> list[subprocess.Popen]:
+        command = [sys.executable, "-c", JOB, how]
+        return [
+            subprocess.Popen(command, cwd=tmp_path, env=os.environ | port | {"RANK": str(rank)}) for rank in range(2)
+        ]
+
+    started = start("killed")
+    try:
+        while not {"0", "1", "3"} <= {path.name for path in tmp_path.glob("out/*")}:
+            time.sleep(0.05)
+        time.sleep(0.5)  # the second rank has ended, or waits for the first
+        for each in started:
+            each.kill()
+        started += start("whole")
+        assert [each.wait(30) for each in started[2:]] == [0, 0]
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_without_ray_its_engine_says_how_to_install_it(log, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r'Ray is not installed; pip install "mbcnet-rec\[ray\]"'):

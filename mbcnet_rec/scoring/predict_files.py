@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data.engine import Engine, follow, meet, run_tasks
+from data.engine import Engine, meet, run_tasks
 from data.errors import InputError
 from data.reading.decode import RowReader
 from data.reading.encode import Encoder
@@ -68,7 +68,7 @@ def predict_files(
         if engine.is_first:
             left, changed = predict.what_is_replaced(job, overwrite)
             predict.begin(job, changed)
-        follow(engine, job.out / predict.CHUNKS)
+        meet(engine, job.out / predict.CHUNKS)
         todo = sum(task.job.num_rows for path, task in tasks.items() if not is_done(path))
         try:
             with RowBar("predict", job.num_rows, shown=engine.is_first) as bar:

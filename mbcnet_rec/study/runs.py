@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import mbcnet_rec.model
-from data.engine import LOST_WORKERS, Engine, follow, meet, run_tasks, write_result
+from data.engine import LOST_WORKERS, Engine, meet, run_tasks, write_result
 from data.errors import InputError, some_of
 from data.reading.files import resolve_files
 from data.reading.fingerprint import mark_differences, mark_files
@@ -241,7 +241,7 @@ def train_all(runs: Sequence[Run], engine: Engine, train: Train = train_and_scor
         path.unlink(missing_ok=True)  # of an earlier start
         if path not in todo:
             write_whole(path, "")
-    follow(engine, folder)
+    meet(engine, folder)
     try:
         for path in run_tasks(engine, train_task, tasks, last=True, lost=lambda path: write_whole(path, LOST)):
             if path in todo:

@@ -20,7 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-from data.engine import HERE, Engine, follow, meet, run_tasks
+from data.engine import HERE, Engine, meet, run_tasks
 from data.errors import InputError, first_line
 from data.schema.bounds import Bounded, bounded
 from data.schema.parse import parse_dataclass, read_toml, to_toml_value, unknown_key
@@ -149,7 +149,7 @@ def tune_model(
     folder, known = out / "trials" / kind, {}
     if engine.is_first:
         open_study(folder, kind)
-    follow(engine, folder)
+    meet(engine, folder)
     study, base = open_study(folder, kind), base_config(config, kind, out)
     space = {key: str(each) for key, each in search.space_of(kind).items()}
     facts = {"space": space, "sampler": search.sampler, **runs.dependencies(base, known)}
