@@ -6,7 +6,9 @@ who ran which task, when, or how often: a task that was begun twice writes the s
 
 import importlib
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -15,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import Pipe, get_context, parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from data.whole_folder import write_whole
 Run = Callable[[Any], object]
 Lost = Callable[[Path], object]
 LOST_WORKERS = 3  # that a task may cost before it is taken to be the cause
+STOP_SECONDS = 10.0  # that a worker has to clean up
 LOOK_SECONDS = 0.2  # between looks for what other ranks have written
 
 
@@ -149,26 +153,38 @@ def write_result(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def _begin(threads: int) -> None:
-    """In a worker: leave when the process that started it is gone, however it went."""
+def _begin(threads: int, stop: Connection) -> None:
+    """In a worker: leave when the process that started it closes its end of `stop`, or is gone, however it went."""
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Arrow, which is imported with the first task, heeds it too
     parent = parent_process()
     assert parent is not None
 
     def watch() -> None:
-        parent.join()
+        stop.poll(None)
+        if parent.is_alive():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(STOP_SECONDS)
         os._exit(1)
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave(number: int, _frame: object) -> None:
+    """Clean up and exit, once: Ctrl-C reaches a worker from the terminal, too."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _in_processes(engine: Engine, run: Run, left: Mapping[Path, Any], lost: Lost | None) -> Iterator[Path]:
     """Each worker is a pool of its own: where one is killed, the others' tasks go on."""
 
     def worker() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, get_context("spawn"), _begin, (threads,))
+        return ProcessPoolExecutor(1, get_context("spawn"), _begin, (threads, stopped))
 
     threads = int(engine.cpus) or max(1, len(os.sched_getaffinity(0)) // engine.workers)
+    stopped, stop = Pipe(duplex=False)
     waiting, losses = list(left)[::-1], Counter[Path]()
     idle = [worker() for _ in range(min(engine.workers, len(left)))]
     begun: dict[Future[object], tuple[Path, ProcessPoolExecutor]] = {}
@@ -195,9 +211,14 @@ def _in_processes(engine: Engine, run: Run, left: Mapping[Path, Any], lost: Lost
                 else:
                     idle.append(pool)
                 yield path
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
+        stop.close()  # a task may be a whole training: none is waited for
+        raise
     finally:
         for pool in (*idle, *(pool for _, pool in begun.values())):
             pool.shutdown(cancel_futures=True)
+        stop.close()
+        stopped.close()
 
 
 def _give_up(path: Path, lost: Lost | None) -> None:

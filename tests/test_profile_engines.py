@@ -151,6 +151,37 @@ def test_a_worker_that_is_killed_between_two_tasks_costs_no_task(tmp_path):
     assert sorted(done) == sorted(tasks)
 
 
+STOPPED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from data.engine import Engine, run_tasks
+from data.whole_folder import whole_folder
+from launch.interrupt import heed_termination
+def write(task):
+    path, seconds = task
+    with whole_folder(path):
+        time.sleep(seconds)
+if __name__ == "__main__":
+    heed_termination()
+    tasks = {Path(name): (Path(name), seconds) for name, seconds in (("a", 0), ("b", 60), ("c", 60))}
+    for path in run_tasks(Engine("local", 2), write, tasks):
+        if sys.argv[1] == "waits":
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("job", ["waits", "works"])
+def test_a_stop_waits_for_no_task_and_leaves_no_worker_and_nothing_half_written(job, tmp_path):
+    """The workers have the pipe of this process, too: it is read to its end when they are gone."""
+    (tmp_path / "job.py").write_text(STOPPED)
+    done = subprocess.run([sys.executable, "job.py", job], cwd=tmp_path, capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (143, b"", b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "job.py"]
+
+
 def test_a_job_that_ended_half_way_goes_on_with_what_is_missing(log, small, tmp_path):
     one = fitted(log, tmp_path / "one")
     results: dict[str, int] = {}

@@ -59,7 +59,7 @@ class MlflowSink:
     def close(self, error: BaseException | None) -> None:
         """Send what is left, and how the run ended: `error`, or None after the last step."""
         if error is not None:
-            self._status = "KILLED" if isinstance(error, (PreemptedError, KeyboardInterrupt)) else "FAILED"
+            self._status = "KILLED" if isinstance(error, (PreemptedError, KeyboardInterrupt, SystemExit)) else "FAILED"
         try:
             self._lines.put_nowait(None)
         except queue.Full:
