@@ -1,5 +1,6 @@
 """Paths that a user gives, and folders and files of results that appear under their names only when they are complete."""
 
+import ctypes
 import errno
 import json
 import os
@@ -22,15 +23,25 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
-        if out.exists():  # removing it takes longer than a rename
-            os.replace(out, earlier)
-        os.replace(draft, out)
+        if _exchange(draft, out):
+            os.replace(draft, earlier)
+        else:
+            if out.exists():  # removing it takes longer than a rename
+                os.replace(out, earlier)
+            os.replace(draft, out)
         shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         error.filename = error.filename or str(out)  # for the message
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places at once, so that neither is ever missing; False if one is, or the system or its file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def earlier_summary(out: Path, summary: str, what: str) -> dict[str, Any] | None:

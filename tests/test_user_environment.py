@@ -1,6 +1,7 @@
 """Proves that a user's environment does no harm: other launchers' variables, `~`, other locales, options given twice, Ctrl-C, no scheduler."""
 
 import ast
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from data.whole_folder import home_path
+from data.whole_folder import home_path, whole_folder
 from mbcnet_rec import cli
 from mbcnet_rec.commands.arguments import refuse_repeats
 from mbcnet_rec.config import PATH_KEYS, RunConfig, load_config
@@ -167,6 +168,35 @@ def test_sigterm_leaves_nothing_half_written(tmp_path):
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=tmp_path, timeout=60)
     assert done.returncode == 143 and not list(tmp_path.iterdir())
+
+
+REPLACED = """
+import os, pathlib, signal, sys
+from data.whole_folder import whole_folder
+replace = os.replace
+def killed(*paths):
+    replace(*paths)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.replace = killed
+with whole_folder(pathlib.Path("out")) as draft:
+    (draft / "new").touch()
+"""
+
+
+def test_a_folder_that_is_replaced_is_there_whenever_the_process_is_killed(tmp_path):
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", REPLACED], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL and (tmp_path / "out" / "new").exists()
+
+
+def test_a_folder_is_replaced_where_two_cannot_change_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    for name in ("old", "new"):
+        with whole_folder(tmp_path / "out") as draft:
+            (draft / name).touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
 def test_every_text_file_is_opened_with_its_encoding():

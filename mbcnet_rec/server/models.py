@@ -107,10 +107,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def marks_in(folder: Path) -> dict[str, list[int]]:
     """Name -> mark of each artifact and delta below a folder; a copy of links, other rights or an edited check.json changes none."""
     found = {}
-    for path in folder.glob(f"*/{loader.MODEL}"):
+    for path in folder.glob(f"[!.]*/{loader.MODEL}"):
         with suppress(OSError):  # gone by now
             stat = path.stat()
-            if ".partial-" not in path.parent.name:  # whole_folder's draft
+            if ".partial-" not in path.parent.name:  # whole_folder's draft; one that was replaced is .NAME.earlier-PID
                 found[path.parent.name] = [stat.st_mtime_ns, stat.st_size]
     return found
 
