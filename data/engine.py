@@ -101,7 +101,7 @@ def run_tasks(
 
 
 def meet(engine: Engine, folder: Path) -> None:
-    """Let torchrun's ranks wait for each other. What ranks that are dead have left in the folder, by the same names, is no answer to this call."""
+    """Wait until all of torchrun's ranks have called it. Files that ranks of a killed start have left under the same names do not count."""
     if engine.name != "torchrun":
         return
     rank, size = rank_and_size()

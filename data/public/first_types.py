@@ -72,8 +72,8 @@ def types_of(
 ) -> pa.Schema:
     """Each column's type, in the files' order; InputError if a file cannot be read, or the user names a column or type that is not there.
 
-    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with. Folders
-    `column=value` are columns too if no file has them itself, except for those `without` which the rows shall be.
+    What the user gives comes first, then what the schema's fields want, then a type that holds what the files begin with. A folder
+    `column=value` makes a column too if no file has it, unless its name is in `without`.
     """
     files = [source.file for source in sources]
     firsts = storage.for_each_file(

@@ -72,7 +72,7 @@ def put_in_place(folder: Path, names: Collection[str], *, elsewhere: bool) -> No
 
 
 def recover(folder: Path) -> None:
-    """Bring back a run whose replacement was cut off, or replace it where its checkpoints elsewhere are going; remove what is left of the other.
+    """Bring back a run whose replacement was cut off, or finish the replacement if removal of its checkpoints elsewhere had begun; remove the rest.
 
     CannotWriteError if such a checkpoint cannot be removed.
     """

@@ -15,6 +15,8 @@ from mbcnet_rec.model.losses import Threshold, branch_pairs, disagreement_rates
 from mbcnet_rec.model.objective import Outputs
 from mbcnet_rec.runtime.process import (
     Process,
+    agreed,
+    any_rank,
     averaged_buffers,
     blamed_on,
     broadcast_value,
@@ -28,6 +30,28 @@ from mbcnet_rec.training.built import Built
 
 class EvaluationStoppedError(Exception):
     """A stop request came during an evaluation."""
+
+
+def read_first(stream: ParquetStream, process: Process, asked: Callable[[], bool]) -> None:
+    """Read the rows once before several ranks score them: a rank that met a fault on the way would leave the others waiting for it.
+
+    `asked` tells whether this rank is to stop. Raises EvaluationStoppedError, on every rank, if one is, and what `agreed` raises.
+    """
+    if process.world_size == 1:
+        return
+    store, stopped = process.store, False
+    assert store is not None
+    with agreed(process):
+        for _ in stream:
+            # no collective: ranks that met a fault, or that are through, would not join it
+            if asked():
+                store.set("stop", "")
+            if stopped := store.check(["stop"]):
+                break
+    if any_rank(stopped):
+        raise EvaluationStoppedError
+    stream.counters.clear()
+    stream.nulls.clear()
 
 
 def average_terms(outputs: list[Outputs]) -> dict[str, float]:

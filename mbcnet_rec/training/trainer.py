@@ -34,6 +34,7 @@ from mbcnet_rec.training.evaluation import (
     disagreements,
     evaluate_stream,
     latent_measures,
+    read_first,
 )
 from mbcnet_rec.training.faults import dump_batch, loss_spike
 from mbcnet_rec.training.pipeline import CheckedStep, Pipeline
@@ -396,34 +397,20 @@ class Trainer:
             EvaluationStoppedError: some rank was asked to stop.
             InputError: a row is faulty, on every rank.
         """
-        if self.process.world_size > 1 and stream.fingerprint() not in self._readable:
-            store, stopped = self.process.store, False
-            assert store is not None
-            with agreed(self.process):  # a rank that met a fault while scoring would leave the others waiting for it
-                for _ in stream:
-                    self.context.watchdog.beat(f"reading rows to score at step {self.state.step}")
-                    # no collective: ranks that met a fault, or that are through, would not join it
-                    if self.context.stop.requested:
-                        store.set("stop", "")
-                    if stopped := store.check(["stop"]):
-                        break
-            if any_rank(stopped):
-                raise EvaluationStoppedError
-            stream.counters.clear()
-            stream.nulls.clear()
+
+        def asked(doing: str = "reading rows to score") -> bool:
+            self.context.watchdog.beat(f"{doing} at step {self.state.step}")
+            return self.context.stop.requested
+
+        if stream.fingerprint() not in self._readable:
+            read_first(stream, self.process, asked)
             self._readable.add(stream.fingerprint())
-
-        def stop_requested() -> bool:
-            self.context.watchdog.beat(f"evaluation at step {self.state.step}")
-            return any_rank(self.context.stop.requested)
-
         self.context.watchdog.beat(f"evaluation at step {self.state.step}")
         for each in self.collisions:
             each.looked_up.zero_()
         with self.dense.averaged():
-            metrics = evaluate_stream(
-                self.built, stream, self.process, self.autocast, stop_requested, ranking_k=self.config.ranking_k
-            )
+            stop, ks = lambda: any_rank(asked("evaluation")), self.config.ranking_k
+            metrics = evaluate_stream(self.built, stream, self.process, self.autocast, stop, ranking_k=ks)
         invalid = invalid_value_counts(stream, "partitioned", self.process).items()
         return metrics | {f"invalid/{name}": n for name, n in invalid} | zch_unseen(self.collisions, self.process)
 
