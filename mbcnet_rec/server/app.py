@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,8 +43,8 @@ class Worker:
         self.options, self.metrics = options, Metrics()
         self.models = Models(options)
         self.scorer = Scorer(self.models, self.metrics, options)
-        self.follower = ThreadPoolExecutor(1, "follow")  # its own: whoever switches waits for it
-        self.switching = asyncio.Lock()  # else each request that waits for its turn would hold a thread
+        # else requests that wait for their turn would hold the threads in which others' changes are followed
+        self.switching = asyncio.Lock()
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -57,7 +56,6 @@ class Worker:
         following.cancel()
         with suppress(asyncio.CancelledError):
             await following
-        self.follower.shutdown()
         self.scorer.thread.shutdown()
 
     def end_with(self, parent: BaseProcess) -> None:
@@ -71,7 +69,7 @@ class Worker:
         step = self.models.start
         while True:
             try:
-                await asyncio.get_running_loop().run_in_executor(self.follower, step)
+                await asyncio.to_thread(step)
                 step = self.models.follow
             except Exception as error:  # a folder that is not there for a moment must not end it
                 print(f"mbcnet serve: {first_line(error)}", flush=True)
